@@ -1,0 +1,44 @@
+# Two commands do all set-up: `make demo` and `make test`. Both build and use .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+GKD := $(BIN)/gkd
+STAMP := $(VENV)/installed
+
+.PHONY: help demo test check slow gpu readme clean
+.DEFAULT_GOAL := help
+
+help:  ## show this list
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed 's/:.*## /\t/' | expand -t 10
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo 'error: Python 3.11 or newer is needed; name it with PYTHON=python3.12' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@
+
+demo: $(STAMP)  ## videos -> store -> teacher -> students -> scores -> export, drawn here, on the CPU, in minutes
+	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/demo.sh
+
+check: $(STAMP)  ## format, lint, types, import contract
+	$(BIN)/ruff format --check gkdcli tests
+	$(BIN)/ruff check gkdcli tests
+	$(BIN)/mypy
+	$(BIN)/lint-imports --config pyproject.toml
+
+test: check  ## check, then everything a change must pass
+	$(BIN)/python -m pytest -n 2 --dist loadscope tests
+
+slow: $(STAMP)  ## long fault tests, full demos, studies
+	$(BIN)/python -m pytest -m slow tests
+
+gpu: $(STAMP)  ## what needs CUDA
+	$(BIN)/python -m pytest -m gpu tests
+
+readme: $(STAMP)  ## run the demo and put its real output into the README
+	@PATH="$(CURDIR)/$(BIN):$$PATH" tests/demo.sh > .demo-output.txt
+	$(BIN)/python tests/refresh_readme.py .demo-output.txt
+
+clean:  ## remove what the demo wrote
+	rm -rf datasets/demo stores/demo runs/demo exports/demo

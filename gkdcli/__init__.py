@@ -1,0 +1,1 @@
+"""gkd: generative feature knowledge distillation for video action networks."""

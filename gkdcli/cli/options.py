@@ -1,0 +1,267 @@
+"""The flags that every command shares, declared once, and the decorator that adds them to a command."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+from collections.abc import Callable
+from dataclasses import MISSING, dataclass, field, fields
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from gkdcli.console import Console
+from gkdcli.errors import usage_error
+from gkdcli.resolve import Resolved, preset_names, resolve
+from gkdcli.runs import Place
+
+DATA_PANEL, RUN_PANEL, OUTPUT_PANEL = "Data", "Running", "Output"
+
+
+class Modality(StrEnum):
+    """What a network sees."""
+
+    rgb = "rgb"
+    flow = "flow"
+
+
+class Device(StrEnum):
+    """Where networks run."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class ProgressStyle(StrEnum):
+    """How progress is shown on stderr."""
+
+    auto = "auto"
+    bar = "bar"
+    plain = "plain"
+    off = "off"
+
+
+def _complete_preset(incomplete: str) -> list[str]:
+    return [name for name in preset_names() if name.startswith(incomplete)]
+
+
+PresetArgument = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="PRESET",
+        autocompletion=_complete_preset,
+        help="A preset, a path to a .toml, or the name of an existing store.",
+    ),
+]
+PresetOption = Annotated[
+    str | None,
+    typer.Option(
+        "--preset", metavar="PRESET", help="The same as the argument.", autocompletion=_complete_preset
+    ),
+]
+
+
+class Which(StrEnum):
+    """Which of the two networks."""
+
+    student = "student"
+    teacher = "teacher"
+
+
+class Format(StrEnum):
+    """What `gkd export` writes."""
+
+    safetensors = "safetensors"
+    onnx = "onnx"
+
+
+Backbone = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Kinetics weights of the backbone.", rich_help_panel=RUN_PANEL),
+]
+Init = Annotated[
+    str | None,
+    typer.Option(
+        metavar="scratch|teacher|PATH",
+        help="train.init: the first weights.",
+        show_default=False,
+        rich_help_panel=RUN_PANEL,
+    ),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Continue the newest unfinished run.", rich_help_panel=RUN_PANEL)
+]
+MaxSteps = Annotated[
+    int | None,
+    typer.Option(
+        min=1,
+        help="Stop after so many steps; such a run is never chosen silently.",
+        rich_help_panel=RUN_PANEL,
+    ),
+]
+Epochs = Annotated[
+    int | None, typer.Option(min=1, help="optim.epochs", show_default=False, rich_help_panel=RUN_PANEL)
+]
+BatchSize = Annotated[
+    int | None, typer.Option(min=1, help="optim.batch_size", show_default=False, rich_help_panel=RUN_PANEL)
+]
+LearningRate = Annotated[
+    float | None,
+    typer.Option("--lr", help="optim.learning_rate", show_default=False, rich_help_panel=RUN_PANEL),
+]
+RunFolder = Annotated[
+    Path | None,
+    typer.Option(
+        "--run",
+        metavar="PATH",
+        help="A run folder; default: the newest complete one that fits.",
+        rich_help_panel=RUN_PANEL,
+    ),
+]
+Model = Annotated[Which, typer.Option(help="Which of the two networks.", rich_help_panel=RUN_PANEL)]
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Flags of every command, and what follows from them."""
+
+    modality: Annotated[Modality, typer.Option(help="What the network sees.", rich_help_panel=DATA_PANEL)] = (
+        Modality.rgb
+    )
+    split: Annotated[
+        int, typer.Option(min=1, max=99, help="Number of the official split.", rich_help_panel=DATA_PANEL)
+    ] = 1
+    root: Annotated[
+        Path,
+        typer.Option(
+            file_okay=False,
+            help="Folder that holds datasets/, stores/, runs/ and models/.",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = Path(".")
+    config: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A TOML page over the preset.", rich_help_panel=RUN_PANEL),
+    ] = None
+    sets: Annotated[
+        list[str],
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Any setting; repeat for more.", rich_help_panel=RUN_PANEL
+        ),
+    ] = field(default_factory=list)
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="train.seed", show_default=False, rich_help_panel=RUN_PANEL)
+    ] = None
+    device: Annotated[
+        Device | None, typer.Option(help="train.device", show_default=False, rich_help_panel=RUN_PANEL)
+    ] = None
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0,
+            help="Processes that decode videos or load clips.",
+            show_default=False,
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = None
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=OUTPUT_PANEL)
+    ] = False
+    quiet: Annotated[
+        bool,
+        typer.Option(
+            "--quiet", "-q", help="Only warnings and errors on stderr.", rich_help_panel=OUTPUT_PANEL
+        ),
+    ] = False
+    verbose: Annotated[
+        bool, typer.Option("--verbose", "-v", help="Details on stderr.", rich_help_panel=OUTPUT_PANEL)
+    ] = False
+    progress: Annotated[
+        ProgressStyle, typer.Option(help="Progress on stderr.", rich_help_panel=OUTPUT_PANEL)
+    ] = ProgressStyle.auto
+    show_config: Annotated[
+        bool,
+        typer.Option(
+            "--show-config",
+            help="Print all settings with their origins, and stop.",
+            rich_help_panel=OUTPUT_PANEL,
+        ),
+    ] = False
+    dry_run: Annotated[
+        bool,
+        typer.Option(
+            "--dry-run", help="Check inputs and print the plan; write nothing.", rich_help_panel=OUTPUT_PANEL
+        ),
+    ] = False
+
+    def console(self) -> Console:
+        """The console these flags ask for."""
+        return Console(quiet=self.quiet, verbose=self.verbose, progress_style=self.progress.value)
+
+    def resolve(self, preset: str | None, stage: str, flags: dict[str, tuple[str, Any]]) -> Resolved:
+        """Merges all settings for a stage; flags whose value is None were not given."""
+        if preset is None:
+            raise usage_error(
+                "no preset is named",
+                "argument PRESET",
+                f"one of {', '.join(preset_names())}, or a path to a .toml",
+            )
+        flags = flags | {
+            "train.seed": ("--seed", self.seed),
+            "train.device": ("--device", self.device.value if self.device else None),
+            ("data.workers" if stage == "prepare" else "train.workers"): ("--workers", self.workers),
+        }
+        return resolve(
+            preset,
+            stage=stage,
+            modality=self.modality.value,
+            root=self.root,
+            config=self.config,
+            sets=self.sets,
+            flags={key: given for key, given in flags.items() if given[1] is not None},
+            environment=os.environ,
+        )
+
+    def place(self, resolved: Resolved) -> Place:
+        """The paths that follow."""
+        by_hand = {
+            key
+            for key, origin in resolved.origin.items()
+            if origin != "default" and not origin.startswith("preset")
+        }
+        return Place(
+            self.root, resolved.settings, self.modality.value, self.split, frozenset(by_hand), resolved.page
+        )
+
+
+def shared_flags(function: Callable[..., None]) -> Callable[..., None]:
+    """Replaces the parameter `shared` by one flag per field of `Shared`."""
+    own = inspect.signature(function)
+    hints = get_type_hints(function, include_extras=True)
+    shared_hints = get_type_hints(Shared, include_extras=True)
+    parameters = [
+        parameter.replace(annotation=hints[name], kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, parameter in own.parameters.items()
+        if name != "shared"
+    ]
+    for item in fields(Shared):
+        default = item.default if item.default_factory is MISSING else item.default_factory()
+        parameters.append(
+            inspect.Parameter(
+                item.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=shared_hints[item.name]
+            )
+        )
+
+    @functools.wraps(function)
+    def command(**given: Any) -> None:
+        shared = Shared(**{item.name: given.pop(item.name) for item in fields(Shared)})
+        function(shared=shared, **given)
+
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    del command.__wrapped__
+    return command

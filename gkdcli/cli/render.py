@@ -1,0 +1,87 @@
+"""Results as tables on stdout, for people; pipelines use --json."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from gkdcli.cli import emit_json
+from gkdcli.resolve import Resolved, to_toml
+
+
+def render_config(command: str, resolved: Resolved, as_json: bool) -> None:
+    """`--show-config`: the resolved page with the origin of each value."""
+    if as_json:
+        emit_json(
+            command, result={"settings": resolved.settings.model_dump(mode="json"), "origin": resolved.origin}
+        )
+    else:
+        sys.stdout.write(to_toml(resolved.settings, resolved.origin))
+
+
+def render_result(command: str, payload: dict[str, Any]) -> None:
+    """Prints a payload: scalars as a two-column list, lists of rows as tables."""
+    scalars = {key: value for key, value in payload.items() if not isinstance(value, (dict, list))}
+    tables = {key: value for key, value in payload.items() if _is_rows(value)}
+    nested = {key: value for key, value in payload.items() if isinstance(value, dict) and _is_flat(value)}
+    _two_columns(scalars)
+    for key, value in nested.items():
+        if value:
+            _heading(key)
+            _two_columns(value)
+    for key, rows in tables.items():
+        _heading(key)
+        _table(rows)
+
+
+def _is_flat(value: dict[str, Any]) -> bool:
+    return all(not isinstance(item, (dict, list)) or _is_short_list(item) for item in value.values())
+
+
+def _is_short_list(value: Any) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) <= 4
+        and all(not isinstance(item, (dict, list)) for item in value)
+    )
+
+
+def _is_rows(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(row, dict) for row in value)
+
+
+def _heading(key: str) -> None:
+    sys.stdout.write(f"\n{key.replace('_', ' ')}\n")
+
+
+def _two_columns(values: dict[str, Any]) -> None:
+    width = max((len(key) for key in values), default=0)
+    for key, value in values.items():
+        sys.stdout.write(f"{key.replace('_', ' '):<{width}}  {_text(value)}\n")
+
+
+def _table(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for key in rows[0]:
+        number = isinstance(rows[0][key], (int, float)) and not isinstance(rows[0][key], bool)
+        table.add_column(key.replace("_", " "), justify="right" if number else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_text(row.get(key)) for key in rows[0]))
+    # a pipe has no width: nothing is cut there
+    width = None if sys.stdout.isatty() else 200
+    Console(file=sys.stdout, markup=False, highlight=False, width=width).print(table)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, list):
+        return ", ".join(_text(item) for item in value) or "-"
+    return str(value)

@@ -1,0 +1,125 @@
+"""Notes, warnings and progress, all on stderr. Results go to stdout through `gkdcli.cli` alone."""
+
+from __future__ import annotations
+
+import os
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from gkdcli.errors import GkdError
+
+
+class Ticker(Protocol):
+    """What `Console.progress` yields: call it with what is done so far, and a short text."""
+
+    def __call__(self, done: int, text: str = "") -> None:
+        """Shows that `done` of the whole is done."""
+
+
+@dataclass
+class Console:
+    """The manners of one command.
+
+    Args:
+        quiet: only warnings and errors.
+        verbose: details too.
+        progress: "auto" draws a bar on a terminal and prints plain lines elsewhere; "bar", "plain", "off".
+    """
+
+    quiet: bool = False
+    verbose: bool = False
+    progress_style: str = "auto"
+    warnings: list[str] = field(default_factory=list)
+
+    def note(self, text: str) -> None:
+        """One line of information."""
+        if not self.quiet and _first_rank():
+            self._line(text)
+
+    def detail(self, text: str) -> None:
+        """One line that only `-v` asks for."""
+        if self.verbose and _first_rank():
+            self._line(text)
+
+    def warn(self, what: str, where: str = "", hint: str = "") -> None:
+        """Something the user should know although the command goes on."""
+        self.warnings.append(what)
+        if _first_rank():
+            self._line(message("warning", what, where, hint))
+
+    def error(self, error: GkdError) -> None:
+        """The reason why the command ends."""
+        if _first_rank():
+            self._line(message("error", error.what, error.where, error.hint))
+
+    @contextmanager
+    def progress(self, title: str, total: int) -> Iterator[Ticker]:
+        """Shows how far a long work is: a bar on a terminal, a plain line every ten seconds elsewhere."""
+        style = self.progress_style
+        if style == "auto":
+            style = "bar" if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else "plain"
+        if self.quiet or style == "off" or not _first_rank():
+            yield lambda done, text="": None
+        elif style == "bar":
+            yield from _bar(title, total)
+        else:
+            yield from self._plain(title, total)
+
+    def _plain(self, title: str, total: int) -> Iterator[Ticker]:
+        start = last = time.monotonic()
+
+        def tick(done: int, text: str = "") -> None:
+            nonlocal last
+            now = time.monotonic()
+            if now - last < 10 and done < total:
+                return
+            last = now
+            left = (now - start) / max(done, 1) * (total - done)
+            eta = f", {left:.0f} s left" if done < total else f" in {now - start:.0f} s"
+            self._line(f"{title}: {done}/{total}{eta}{f' ({text})' if text else ''}")
+
+        yield tick
+
+    @staticmethod
+    def _line(text: str) -> None:
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
+
+
+def _bar(title: str, total: int) -> Iterator[Ticker]:
+    from rich.console import Console as RichConsole
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[text]}", markup=False),
+    )
+    with Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
+        task = bar.add_task(title, total=total, text="")
+
+        def tick(done: int, text: str = "") -> None:
+            bar.update(task, completed=done, text=text)
+
+        yield tick
+
+
+def message(kind: str, what: str, where: str = "", hint: str = "") -> str:
+    """`error: ...`, `where: ...`, `hint: ...`, one line each; empty parts are left out."""
+    lines = [f"{kind}: {what}"]
+    if where:
+        lines.append(f"where: {where}")
+    if hint:
+        lines.append(f"hint: {hint}")
+    return "\n".join(lines)
+
+
+def _first_rank() -> bool:
+    """In a multi-process run only rank 0 speaks."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,253 @@
+"""Store -> training tensors: which frames, which crop, one decision per clip (METHOD.md 4, 8).
+
+Clips stay uint8 until they are on the device; `normalise` is the last step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+from torchvision.io import ImageReadMode, decode_jpeg
+
+from gkdcli.data.store import Store, VideoRow
+from gkdcli.errors import GkdError
+from gkdcli.settings import ClipSettings
+
+# (row, column) in quarters of the free space: corners and centre, then edge midpoints and inner quarters
+_POSITIONS = (
+    (0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2), (1, 1), (1, 3), (3, 1), (3, 3),
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class View:
+    """One decision about a clip: first frame, crop box in pixels of the (rescaled) frame, mirrored or not."""
+
+    start: int
+    top: int
+    left: int
+    height: int
+    width: int
+    flip: bool
+
+
+@dataclass
+class ClipBatch:
+    """Clips of one step.
+
+    Args:
+        clips: (B, C, T, H, W), uint8.
+        labels: (B,), int64.
+        videos: their rows in the store.
+    """
+
+    clips: Tensor
+    labels: Tensor
+    videos: list[int]
+
+
+def working_size(height: int, width: int, clips: ClipSettings) -> tuple[int, int]:
+    """Size of a frame after `clips.short_side`, and scaled up to the crop where it is smaller."""
+    short = clips.short_side or min(height, width)
+    short = max(short, clips.crop)
+    if short == min(height, width):
+        return height, width
+    scale = short / min(height, width)
+    return max(short, round(height * scale)), max(short, round(width * scale))
+
+
+def training_view(
+    rng: np.random.Generator, frames: int, height: int, width: int, clips: ClipSettings, recipe: str
+) -> View:
+    """A random window, multi-scale crop and flip (METHOD.md 4).
+
+    Args:
+        rng: seeded by (seed, epoch, sample).
+        frames: of the video; fewer than a clip means that all are taken.
+        height: of the frames after `working_size`, pixels.
+        width: likewise.
+        clips: settings.
+        recipe: `official` lays the grid of positions by the network's crop, `corrected` by the crop drawn.
+    """
+    start = int(rng.integers(0, max(frames - clips.length, 0) + 1))
+    sides = [int(min(height, width) * scale) for scale in clips.scales]
+    pairs = [(i, j) for i in range(len(sides)) for j in range(len(sides)) if abs(i - j) <= 1]
+    i, j = pairs[int(rng.integers(len(pairs)))]
+    crop_height, crop_width = sides[i], sides[j]
+    grid_height, grid_width = (clips.crop, clips.crop) if recipe == "official" else (crop_height, crop_width)
+    row, column = _POSITIONS[int(rng.integers(len(_POSITIONS)))]
+    top, left = row * ((height - grid_height) // 4), column * ((width - grid_width) // 4)
+    flip = bool(rng.integers(2)) and clips.flip
+    return View(start, top, left, min(crop_height, height - top), min(crop_width, width - left), flip)
+
+
+def test_view(frames: int, height: int, width: int, clips: ClipSettings) -> View:
+    """The middle window and the centre crop (METHOD.md 4, 6): first frame int((n - (length - 1)) / 2)."""
+    start = min(max((frames - (clips.length - 1)) // 2, 0), max(frames - clips.length, 0))
+    top, left = round((height - clips.crop) / 2), round((width - clips.crop) / 2)
+    return View(start, top, left, clips.crop, clips.crop, False)
+
+
+test_view.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest thinks of its name
+
+
+class ClipDataset(Dataset[tuple[Tensor, int, int]]):
+    """Clips of some videos of a store; an item is named by (position, epoch, part), so that it has no state.
+
+    Args:
+        store: read lazily, once per process.
+        videos: rows of the store.
+        clips: settings.
+        recipe: see `training_view`.
+        seed: None gives test views, a number gives training views.
+    """
+
+    def __init__(
+        self, store: Store, videos: Sequence[int], clips: ClipSettings, recipe: str, seed: int | None
+    ) -> None:
+        self.store = store
+        self.videos = list(videos)
+        self.clips = clips
+        self.recipe = recipe
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.videos)
+
+    def __getitem__(self, key: tuple[int, int, int]) -> tuple[Tensor, int, int]:
+        """The clip (C, T, crop, crop) uint8, its label, and its video's row in the store."""
+        position, epoch, part = key
+        video = self.videos[position]
+        row = self.store.videos[video]
+        height, width = working_size(row.height, row.width, self.clips)
+        if self.seed is None:
+            view = test_view(row.frames, height, width, self.clips)
+        else:
+            rng = np.random.default_rng([self.seed, epoch, part, video])
+            view = training_view(rng, row.frames, height, width, self.clips, self.recipe)
+        frames = self.read(video, view.start)
+        return self.cut(frames, view), row.label, video
+
+    def read(self, video: int, start: int) -> Tensor:
+        """Decoded frames from `start`, (T, C, H, W) uint8; a short video repeats its last frame."""
+        row = self.store.videos[video]
+        count = min(self.clips.length, row.frames - start)
+        stored = self.store.frames(video, start, count)
+        try:
+            frames = _decode(stored)
+        except RuntimeError as error:
+            raise GkdError(
+                f"a stored frame cannot be decoded: {str(error).splitlines()[0]}",
+                f"{row.class_name}/{row.name}, frames {start} to {start + count - 1}",
+                "the part is damaged: delete it and run the same `gkd prepare` again",
+            ) from None
+        if count < self.clips.length:
+            frames = torch.cat([frames, frames[-1:].expand(self.clips.length - count, -1, -1, -1)])
+        size = working_size(frames.shape[2], frames.shape[3], self.clips)
+        return frames if size == tuple(frames.shape[2:]) else _resize(frames, size)
+
+    def cut(self, frames: Tensor, view: View) -> Tensor:
+        """(T, C, H, W) -> (C, T, crop, crop)."""
+        clip = frames[:, :, view.top : view.top + view.height, view.left : view.left + view.width]
+        if clip.shape[2:] != (self.clips.crop, self.clips.crop):
+            clip = _resize(clip, (self.clips.crop, self.clips.crop))
+        if view.flip:
+            clip = clip.flip(3)
+        return clip.transpose(0, 1).contiguous()
+
+
+def _decode(stored: list[np.ndarray] | np.ndarray) -> Tensor:
+    if isinstance(stored, np.ndarray):  # raw: (T, H, W, C)
+        return torch.from_numpy(stored).permute(0, 3, 1, 2)
+    return torch.stack([decode_jpeg(torch.from_numpy(image), mode=ImageReadMode.RGB) for image in stored])
+
+
+def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear without antialiasing, as the two-stream code resizes."""
+    return F.interpolate(frames.contiguous(), size=size, mode="bilinear", align_corners=False)
+
+
+def normalise(clips: Tensor, settings: ClipSettings) -> Tensor:
+    """uint8 (B, C, T, H, W) -> float32, (pixel / 255 - mean) / std per channel."""
+    channels = clips.shape[1]
+    mean, std = (
+        torch.tensor(values * channels if len(values) == 1 else values, device=clips.device)
+        for values in (list(settings.mean), list(settings.std))
+    )
+    if len(mean) != channels or len(std) != channels:
+        raise GkdError(
+            f"clips have {channels} channels, but clips.mean has {len(mean)} values and clips.std {len(std)}",
+            "settings clips.mean and clips.std",
+            "give one value for all channels, or one per channel",
+        )
+    scale = 1 / (255 * std)
+    return clips.float().mul_(scale.view(1, -1, 1, 1, 1)).sub_((mean / std).view(1, -1, 1, 1, 1))
+
+
+Keys = list[tuple[int, int, int]]
+
+
+def training_order(count: int, batch_size: int, seed: int, epoch: int, part: int) -> list[Keys]:
+    """The batches of one pass, as keys of `ClipDataset`; the last may be smaller (METHOD.md 4)."""
+    order = np.random.default_rng([seed, epoch, part]).permutation(count)
+    keys = [(int(position), epoch, part) for position in order]
+    return [keys[first : first + batch_size] for first in range(0, count, batch_size)]
+
+
+def test_order(count: int, batch_size: int) -> list[Keys]:
+    """All videos once, in the order of the store."""
+    keys = [(position, 0, 0) for position in range(count)]
+    return [keys[first : first + batch_size] for first in range(0, count, batch_size)]
+
+
+test_order.__test__ = False  # type: ignore[attr-defined]
+
+
+def load(dataset: ClipDataset, batches: list[Keys], workers: int, pin: bool = False) -> Iterator[ClipBatch]:
+    """Reads the named batches; with workers in other processes, started fresh (never forked beside HDF5)."""
+    if not batches:
+        return
+    loader: DataLoader[tuple[Tensor, int, int]] = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin,
+        multiprocessing_context="spawn" if workers else None,
+    )
+    yield from loader
+
+
+def _collate(items: list[tuple[Tensor, int, int]]) -> ClipBatch:
+    clips, labels, videos = zip(*items, strict=True)
+    return ClipBatch(torch.stack(clips), torch.tensor(labels), list(videos))
+
+
+def hold_out(rows: Sequence[VideoRow], videos: Sequence[int], fraction: float) -> tuple[list[int], list[int]]:
+    """Divides training videos into (trained on, held out), by class, whole groups together.
+
+    The choice hangs on names alone, so that teacher and student agree whatever their seeds. Of a class with
+    fewer than five groups nothing is held out.
+    """
+    if fraction == 0:
+        return list(videos), []
+    groups: dict[int, dict[str, list[int]]] = {}
+    for video in videos:
+        row = rows[video]
+        groups.setdefault(row.label, {}).setdefault(row.group or row.name, []).append(video)
+    held: set[int] = set()
+    for members in groups.values():
+        if len(members) >= 5:
+            ranked = sorted(
+                members, key=lambda group: hashlib.sha256(group.encode("utf-8", "surrogateescape")).digest()
+            )
+            for group in ranked[: max(1, round(fraction * len(members)))]:
+                held.update(members[group])
+    return [video for video in videos if video not in held], [video for video in videos if video in held]

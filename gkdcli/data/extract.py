@@ -1,0 +1,308 @@
+"""`gkd prepare`: videos into the parts of a store, in worker processes, one video at a time."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from gkdcli.data.annotations import Listing
+from gkdcli.data.jobs import Job, Result, work
+from gkdcli.data.parts import part_path, read_attributes
+from gkdcli.data.rejects import Reject, cell, read_rejects, write_rejects
+from gkdcli.data.store import build_index, mark_unfinished, setting_differences, written_settings
+from gkdcli.data.workers import Crashed, Crew, available_cores
+from gkdcli.errors import GkdError, Interrupted
+from gkdcli.files import free_bytes, human_bytes, locked, sweep_temporaries
+from gkdcli.settings import DataSettings
+
+Progress = Callable[[int, int, str, int], None]
+_PROBES = 8
+_POLL_SEC = 0.2
+_GRACE_SEC = 10.0  # for videos in work after Ctrl-C
+_RESERVE_BYTES = 256 << 20
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one run of `gkd prepare` came to.
+
+    Args:
+        prepared: videos written in this run.
+        skipped: videos whose parts were there already.
+        rejected: (path, reason) of every video that is not in the store.
+        frames: written in this run.
+        bytes_written: in this run.
+        seconds: of wall-clock time.
+        unlisted: parts whose video is no longer among the sources; they are kept, and not in the index.
+        index: the finished index.
+    """
+
+    prepared: int
+    skipped: int
+    rejected: list[tuple[str, str]]
+    frames: int
+    bytes_written: int
+    seconds: float
+    unlisted: int
+    index: Path
+
+
+@dataclass
+class _Plan:
+    jobs: list[Job] = field(default_factory=list)
+    skipped: int = 0
+    rejected: dict[str, Reject] = field(default_factory=dict)
+    unlisted: int = 0
+
+
+def prepare_parts(
+    listing: Listing,
+    store_folder: Path,
+    dataset: str,
+    modality: str,
+    data: DataSettings,
+    *,
+    workers: int = 0,
+    progress: Progress | None = None,
+    retry: bool = False,
+) -> Report:
+    """Brings the parts of a store up to date with the listed videos, then its index.
+
+    Videos whose part is there and whose file is unchanged are skipped, changed ones prepared anew; bad
+    ones are recorded in `<modality>.rejected.tsv` and tried again when the file changed or on `retry`.
+    Whatever stops this, the same call continues.
+
+    Args:
+        listing: the videos.
+        store_folder: `stores/<dataset>`.
+        dataset: its name.
+        modality: "rgb".
+        data: how frames are sampled, scaled and stored.
+        workers: processes; 0: one per core.
+        progress: called as (done, total, name, frames) for each finished video.
+        retry: try rejected videos again although their files are the same.
+
+    Raises:
+        GkdError: the store was written under other settings, is in use, or does not fit the disk.
+        Interrupted: Ctrl-C or SIGTERM.
+    """
+    started = time.monotonic()
+    settings = data.stored()
+    table = store_folder / f"{modality}.rejected.tsv"
+    try:
+        with locked(store_folder / ".lock", f"the store of {dataset}"):
+            sweep_temporaries(store_folder)
+            _check_settings(
+                store_folder / f"{modality}.h5", written_settings(store_folder, modality), settings
+            )
+            plan = _plan(listing, store_folder / modality, data, {} if retry else read_rejects(table))
+            tally = _Tally(plan, len(listing.sources), progress)
+            if plan.jobs:
+                size = min(workers or available_cores(), len(plan.jobs))
+                try:
+                    with _signals() as signals, Crew(work, size) as crew:
+                        _check_disk(crew, plan.jobs, store_folder, signals)
+                        mark_unfinished(store_folder, dataset, modality, settings, len(listing.sources))
+                        _run(crew, plan.jobs, store_folder, tally, signals)
+                finally:
+                    sweep_temporaries(store_folder)  # of workers that had to be killed
+                    write_rejects(table, _rejected(listing, plan))
+            write_rejects(table, _rejected(listing, plan))
+            # a bad file may have a part from when it was good: not in the index
+            good = [source for source in listing.sources if str(source.path) not in plan.rejected]
+            index = build_index(store_folder, dataset, modality, replace(listing, sources=good), settings)
+    except OSError as error:
+        raise _write_error(store_folder, error) from None
+    return Report(
+        prepared=tally.prepared,
+        skipped=plan.skipped + tally.unchanged,
+        rejected=[(path, reject.reason) for path, reject in _rejected(listing, plan)],
+        frames=tally.frames,
+        bytes_written=tally.bytes,
+        seconds=time.monotonic() - started,
+        unlisted=plan.unlisted,
+        index=index,
+    )
+
+
+def _rejected(listing: Listing, plan: _Plan) -> list[tuple[str, Reject]]:
+    return [*((path, Reject(reason)) for path, reason in listing.rejects), *plan.rejected.items()]
+
+
+def _plan(listing: Listing, folder: Path, data: DataSettings, known: dict[str, Reject]) -> _Plan:
+    """What is to be done, judged by the sizes and times of files."""
+    plan = _Plan()
+    parts = set()
+    for source in listing.sources:
+        path = str(source.path)
+        try:
+            part = part_path(folder, source.class_name, source.name)
+            stat = source.path.stat()
+        except ValueError as error:
+            plan.rejected[path] = Reject(str(error))
+            continue
+        except OSError as error:
+            plan.rejected[path] = Reject(f"cannot be read: {error.strerror}")
+            continue
+        parts.add(part)
+        found = _attributes(part)
+        old = known.get(cell(path), Reject(""))
+        if found.get("source_size") == stat.st_size:
+            _check_settings(part, json.loads(found["settings"]), data.stored())
+            if found["source_mtime_ns"] == stat.st_mtime_ns:
+                plan.skipped += 1
+            else:
+                plan.jobs.append(Job(source, part, data, stat.st_size, found["source_digest"]))
+        elif old == Reject(old.reason, stat.st_size, stat.st_mtime_ns):
+            plan.rejected[path] = old
+        else:
+            plan.jobs.append(Job(source, part, data, stat.st_size))
+    plan.unlisted = sum(part not in parts for part in folder.glob("*/*.h5"))
+    return plan
+
+
+def _attributes(part: Path) -> dict[str, Any]:
+    """Of a whole part; empty where there is none."""
+    try:
+        return read_attributes(part) if part.exists() else {}
+    except OSError:
+        return {}  # damaged after it was written: prepared anew
+
+
+class _Tally:
+    """Counts results, and reports progress."""
+
+    def __init__(self, plan: _Plan, total: int, progress: Progress | None) -> None:
+        self.plan = plan
+        self.total = total
+        self.done = total - len(plan.jobs)
+        self.prepared = self.unchanged = self.frames = self.bytes = 0
+        self._progress = progress
+
+    def add(self, job: Job, result: Result | Crashed) -> None:
+        """One finished video."""
+        path = job.source.path
+        if isinstance(result, Crashed):
+            number = result.signal_number
+            reason = f"the decoder crashed ({f'signal {number}' if number else 'it ended the process'})"
+            self.plan.rejected[str(path)] = Reject(reason) if result.killed else Reject.of(path, reason)
+        elif result.reason:
+            self.plan.rejected[str(path)] = Reject.of(path, result.reason)
+        elif result.unchanged:
+            self.unchanged += 1
+        else:
+            self.prepared += 1
+            self.frames += result.frames
+            self.bytes += result.bytes
+        self.done += 1
+        if self._progress:
+            frames = 0 if isinstance(result, Crashed) else result.frames
+            self._progress(self.done, self.total, job.source.name, frames)
+
+
+def _run(
+    crew: Crew[Job, Result], jobs: Sequence[Job], folder: Path, tally: _Tally, signals: list[int]
+) -> None:
+    """Hands out jobs and collects results until all is done, or something asks to stop."""
+    waiting = list(reversed(jobs))
+    while (waiting or crew.busy) and not signals:
+        while waiting and crew.give(waiting[-1]):
+            waiting.pop()
+        for job, result in crew.collect(_POLL_SEC):
+            if isinstance(result, Result) and (result.full or result.failure):
+                raise _write_error(folder, OSError(errno.ENOSPC if result.full else 0, result.failure))
+            tally.add(job, result)
+        _watch_disk(folder)
+    if signals:
+        deadline = time.monotonic() + _GRACE_SEC
+        while crew.busy and time.monotonic() < deadline and len(signals) < 2:
+            for job, result in crew.collect(_POLL_SEC):
+                if isinstance(result, Result) and not result.full and not result.failure:
+                    tally.add(job, result)
+        raise Interrupted(
+            f"stopped after {tally.done} of {tally.total} videos", str(folder), "the same command continues"
+        )
+
+
+@contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM in a list instead of being ended by them."""
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    before = {
+        number: signal.signal(number, lambda number, frame: received.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler or signal.SIG_DFL)
+
+
+def _check_settings(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """One store, one way of sampling and scaling."""
+    differing = setting_differences(old, new) if old else []
+    if differing:
+        raise GkdError(
+            f"the store was written under other settings: {', '.join(differing)}",
+            str(where),
+            "name another `dataset` in the preset (`--name` for a folder), or take the old settings",
+        )
+
+
+def _check_disk(crew: Crew[Job, Result], jobs: Sequence[Job], folder: Path, signals: list[int]) -> None:
+    """Refuses what will hardly fit, judged by a few of the videos."""
+    sample = [replace(job, probe_only=True) for job in jobs[:: max(1, len(jobs) // _PROBES)][:_PROBES]]
+    probed = read = 0
+    while (sample or crew.busy) and not signals:
+        while sample and crew.give(sample[-1]):
+            sample.pop()
+        for job, result in crew.collect(_POLL_SEC):
+            if isinstance(result, Result) and not result.reason:
+                probed += job.size
+                read += result.bytes
+    need = read / max(probed, 1) * sum(job.size for job in jobs)
+    free = free_bytes(folder)
+    if need > free:
+        raise GkdError(
+            f"the disk is too small: about {human_bytes(need)} are needed, {human_bytes(free)} are free",
+            str(folder),
+            "free some space, or keep the store elsewhere with `--root DIR`",
+        )
+
+
+def _watch_disk(folder: Path) -> None:
+    usage = shutil.disk_usage(folder)
+    if usage.free < min(_RESERVE_BYTES, usage.total // 50):
+        raise _full(folder)
+
+
+def _full(folder: Path) -> GkdError:
+    return GkdError(
+        "the disk is full",
+        f"{folder}, {human_bytes(free_bytes(folder))} free",
+        "free some space and run the same command again; it continues",
+    )
+
+
+def _write_error(folder: Path, error: OSError) -> GkdError:
+    # HDF5 puts the number into its text
+    if error.errno == errno.ENOSPC or f"errno = {errno.ENOSPC}" in str(error):
+        return _full(folder)
+    return GkdError(
+        "the store cannot be written",
+        f"{error.filename or folder}: {error.strerror or error}",
+        "check the permissions and the disk; what was prepared so far is whole",
+    )

@@ -1,0 +1,54 @@
+"""The table of bad videos, `stores/<dataset>/<modality>.rejected.tsv`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from gkdcli.files import write_text
+
+_HEADER = "path\treason\tsize\tmodified_ns"
+
+
+@dataclass(frozen=True)
+class Reject:
+    """A bad video, and its file as it was when it was tried; -1: try again in any case."""
+
+    reason: str
+    size: int = -1
+    mtime_ns: int = -1
+
+    @classmethod
+    def of(cls, path: Path, reason: str) -> Reject:
+        """A reject that stands for as long as the file is the same."""
+        try:
+            stat = path.stat()
+        except OSError:
+            return cls("the file has disappeared")
+        return cls(reason, stat.st_size, stat.st_mtime_ns)
+
+
+def write_rejects(path: Path, rows: Sequence[tuple[str, Reject]]) -> None:
+    """Writes the table atomically; removes it where there are no rejects."""
+    if not rows:
+        path.unlink(missing_ok=True)
+        return
+    lines = [f"{cell(name)}\t{cell(bad.reason)}\t{bad.size}\t{bad.mtime_ns}" for name, bad in rows]
+    write_text(path, "\n".join([_HEADER, *lines]) + "\n")
+
+
+def read_rejects(path: Path) -> dict[str, Reject]:
+    """By the `cell` of the path; a line that is not ours is as if absent, so its video is tried again."""
+    known = {}
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n") if path.exists() else []:
+        cells = line.split("\t")
+        if len(cells) == 4 and cells[2].isdecimal() and cells[3].isdecimal():
+            known[cells[0]] = Reject(cells[1], int(cells[2]), int(cells[3]))
+    return known
+
+
+def cell(text: str) -> str:
+    """Text of one cell; bytes of file names that are no UTF-8 become readable ASCII."""
+    text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+    return text.replace("\t", "\\t").replace("\n", "\\n").replace("\r", "\\r")

@@ -1,0 +1,104 @@
+"""Model x store -> predictions, kept so that scoring runs again in an instant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from gkdcli.console import Ticker
+from gkdcli.data.clips import ClipDataset, load, normalise, test_order
+from gkdcli.errors import GkdError
+from gkdcli.files import atomic_path
+
+
+@dataclass
+class Predictions:
+    """Logits of some videos.
+
+    Args:
+        logits: (N, classes, T' - 1), float32.
+        labels: (N,), int64.
+        videos: `class/name` of each.
+        fingerprint: of the store.
+        weights: SHA-256 of the weights file they were made with.
+    """
+
+    logits: NDArray[np.float32]
+    labels: NDArray[np.int64]
+    videos: list[str]
+    fingerprint: str
+    weights: str
+
+
+def predict(
+    dataset: ClipDataset,
+    forward: Callable[[Tensor], Tensor],
+    *,
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    tick: Ticker,
+    limit: int | None = None,
+) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
+    """Runs `forward` over the test views of a dataset, in order.
+
+    Args:
+        dataset: of test views.
+        forward: normalised clips (B, C, T, H, W) -> (B, classes, T' - 1).
+        batch_size: clips per pass.
+        workers: of the loader.
+        device: where `forward` runs.
+        tick: told how many videos are done.
+        limit: stop after so many videos.
+
+    Returns:
+        Logits (N, classes, T' - 1) and labels (N,).
+    """
+    count = len(dataset) if limit is None else min(limit, len(dataset))
+    logits, labels = [], []
+    for batch in load(dataset, test_order(count, batch_size), workers):
+        with torch.inference_mode():
+            found = forward(normalise(batch.clips.to(device), dataset.clips))
+        logits.append(found.float().cpu().numpy())
+        labels.append(batch.labels.numpy())
+        tick(sum(map(len, labels)))
+    return np.concatenate(logits), np.concatenate(labels)
+
+
+def save_predictions(path: Path, predictions: Predictions) -> None:
+    """Writes `predictions.h5`, atomically."""
+    with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
+        file["logits"] = predictions.logits
+        file["labels"] = predictions.labels
+        file["videos"] = np.array(predictions.videos, dtype=h5py.string_dtype())
+        file.attrs.update(schema=1, fingerprint=predictions.fingerprint, weights=predictions.weights)
+
+
+def load_predictions(path: Path) -> Predictions:
+    """Reads `predictions.h5`.
+
+    Raises:
+        GkdError: there is none, or it is damaged.
+    """
+    if not path.is_file():
+        raise GkdError("there are no saved predictions to score again", str(path), "drop --rescore once")
+    try:
+        with h5py.File(path, "r") as file:
+            return Predictions(
+                file["logits"][:],
+                file["labels"][:],
+                file["videos"].asstr()[:].tolist(),
+                str(file.attrs["fingerprint"]),
+                str(file.attrs["weights"]),
+            )
+    except (OSError, KeyError) as error:
+        raise GkdError(
+            f"the saved predictions are damaged: {error}", str(path), "drop --rescore once"
+        ) from None

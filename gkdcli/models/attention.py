@@ -1,0 +1,94 @@
+"""The attention map of a tap, and the feature it leaves (METHOD.md 2)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gkdcli.models.layers import LAYOUT, collapse, groups
+
+
+class Attention(nn.Module):
+    """Maps a tap's feature to a map in (0, 1) per channel and time step.
+
+    As published: convolution over the whole picture to (B, hidden, T'), group norm, ReLU; time stretched to
+    length C (nearest); convolution 3 over time to C channels, group norm, ReLU; a linear layer on the time
+    axis, C -> T'; sigmoid. So it is bound to the clip length and the crop it was built for.
+
+    The stretched signal consists of T' constant runs, so that the convolution has at most 3 T' distinct
+    columns (start, middle and end of each run). Only those are computed, and the group norm and the linear
+    layer count each as often as it occurs: the same result up to rounding for a hundredth of the work.
+
+    Args:
+        tap_shape: (C, T', H, W) of the tap.
+        hidden: channels in between: 512 at width 1.
+    """
+
+    windows: Tensor
+    occurs: Tensor
+
+    def __init__(self, tap_shape: tuple[int, int, int, int], hidden: int) -> None:
+        super().__init__()
+        channels, length, height, width = tap_shape
+        self.squeeze = nn.Conv3d(channels, hidden, (1, height, width))
+        self.squeeze_norm = nn.GroupNorm(groups(hidden), hidden)
+        self.expand = nn.Conv1d(hidden, channels, 3, padding=1)
+        self.expand_norm = nn.GroupNorm(groups(channels), channels)
+        self.time = nn.Linear(channels, length)
+        self.to(memory_format=LAYOUT)
+        windows, occurs = _distinct_columns(length, channels)
+        self.register_buffer("windows", windows.flatten(), persistent=False)
+        self.register_buffer("occurs", occurs, persistent=False)  # (C, U)
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(B, C, T', H, W) -> (B, C, T')."""
+        x = F.relu(self.squeeze_norm(collapse(self.squeeze, feature)))  # (B, hidden, T')
+        x = F.pad(x, (0, 1))[:, :, self.windows]  # (B, hidden, 3 U): the U windows side by side
+        x = F.conv1d(x, self.expand.weight, self.expand.bias, stride=3)  # (B, C, U)
+        x = F.relu(self._normalise(x))
+        return torch.sigmoid(F.linear(x, self.time.weight @ self.occurs, self.time.bias))
+
+    def _normalise(self, x: Tensor) -> Tensor:
+        """`expand_norm`, each column (B, C, U) counted as often as it occurs."""
+        norm = self.expand_norm
+        share = self.occurs.sum(dim=0) / len(self.occurs)  # (U,), in whatever precision the network has
+        x = x.view(x.shape[0], norm.num_groups, -1, x.shape[2])  # (B, groups, C / groups, U)
+        mean = (x.mean(dim=2, keepdim=True) * share).sum(dim=3, keepdim=True)
+        x = x - mean
+        variance = (x.square().mean(dim=2, keepdim=True) * share).sum(dim=3, keepdim=True)
+        x = (x * torch.rsqrt(variance + norm.eps)).flatten(1, 2)
+        return x * norm.weight[:, None] + norm.bias[:, None]
+
+
+def _distinct_columns(length: int, stretched: int) -> tuple[Tensor, Tensor]:
+    """What a kernel of 3 sees of `length` steps stretched to `stretched` (nearest), zeros around.
+
+    Returns:
+        windows: (U, 3), the step under each kernel element; `length` stands for a zero.
+        occurs: (stretched, U), 1 where the window at a stretched position is that column.
+    """
+    # PyTorch's own rounding decides which step is nearest; on the CPU even for a network built on "meta".
+    steps = torch.arange(length, device="cpu", dtype=torch.float32)
+    source = F.interpolate(steps[None, None], size=stretched, mode="nearest")[0, 0].long()
+    padded = F.pad(source, (1, 1), value=length)
+    windows, column = torch.unique(padded.unfold(0, 3, 1), dim=0, return_inverse=True)
+    return windows, F.one_hot(column, len(windows)).float()
+
+
+def attend(feature: Tensor, attention: Tensor, over: Literal["sample", "batch"]) -> Tensor:
+    """The product x * a rescaled to the sum of x: attended feature of recognition (METHOD.md 2, 8 (4, 5)).
+
+    Args:
+        feature: x, (B, C, T', H, W), not negative.
+        attention: a, (B, C, T').
+        over: what the sums run over: each sample, or the whole batch as the official training does.
+    """
+    focused = feature * attention[..., None, None]
+    dims = (1, 2, 3, 4) if over == "sample" else (0, 1, 2, 3, 4)
+    total = feature.sum(dims, keepdim=True)
+    # Only a feature that is zero throughout gives a zero sum; it stays zero instead of becoming NaN.
+    rest = focused.sum(dims, keepdim=True).clamp_min(torch.finfo(feature.dtype).tiny)
+    return focused * (total / rest)

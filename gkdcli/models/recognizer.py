@@ -1,0 +1,99 @@
+"""The recognition network: backbone, attention, classifier (METHOD.md 1, 2, 6)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gkdcli.models.attention import Attention, attend
+from gkdcli.models.cvae import CVAE
+from gkdcli.models.i3d import I3D, tap_shape
+from gkdcli.models.layers import scaled
+
+
+class Recognizer(nn.Module):
+    """Names the action of a clip; teacher and student differ in `kind` only.
+
+    Args:
+        kind: of the backbone, one of `i3d.KINDS`.
+        classes: how many.
+        length: frames of a clip, at least 16.
+        crop: side of the picture in pixels.
+        channels: 3 for rgb, 2 for flow.
+        width: multiplies every channel count.
+        dropout: probability before the classifier, for `dropout_shape`'s user; nothing is drawn here.
+        attention: False for the plain student.
+    """
+
+    taps = ("Mixed_5c",)
+
+    def __init__(
+        self,
+        kind: str,
+        classes: int,
+        *,
+        length: int,
+        crop: int,
+        channels: int = 3,
+        width: float = 1.0,
+        dropout: float = 0.5,
+        attention: bool = True,
+    ) -> None:
+        super().__init__()
+        self.shapes = {tap: tap_shape(tap, length, crop, width) for tap in self.taps}
+        assert self.shapes["Mixed_5c"][1] >= 2, (
+            "the classifier averages pairs of time steps: 16 frames at least"
+        )
+        self.dropout = dropout
+        self.backbone = I3D(kind, channels, width)
+        self.attention = nn.ModuleDict()
+        if attention:
+            self.attention.update(
+                {tap: Attention(shape, scaled(512, width)) for tap, shape in self.shapes.items()}
+            )
+        self.classifier = nn.Conv3d(self.shapes["Mixed_5c"][0], classes, 1)
+
+    def features(self, clip: Tensor) -> dict[str, Tensor]:
+        """(B, channels, T, H, W) -> {"Mixed_5c": (B, C, T', H', W')}."""
+        found = self.backbone(clip)
+        return {tap: found[tap] for tap in self.taps}
+
+    def attend(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The attention map (B, C, T') of each tap; empty for a network built without."""
+        return {tap: module(features[tap]) for tap, module in self.attention.items()}
+
+    def logits(self, feature: Tensor, keep: Tensor | None = None) -> Tensor:
+        """(B, C, T', H, W) -> logits per time step, (B, classes, T' - 1).
+
+        Args:
+            feature: of Mixed_5c, attended or plain.
+            keep: dropout mask of shape `dropout_shape(B)`, already divided by the probability of keeping;
+                None for no dropout. It is explicit because randomness is seeded per sample.
+        """
+        x = F.avg_pool3d(feature, (2, *feature.shape[3:]), stride=1)  # (B, C, T' - 1, 1, 1)
+        if keep is not None:
+            x = x * keep
+        logits: Tensor = self.classifier(x)
+        return logits.flatten(2)
+
+    def dropout_shape(self, batch: int) -> tuple[int, ...]:
+        """Shape of `keep` for so many clips."""
+        channels, time, _, _ = self.shapes["Mixed_5c"]
+        return batch, channels, time - 1, 1, 1
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """(B, channels, T, H, W) -> time-averaged logits (B, classes).
+
+        Of the attended feature, rescaled per sample (METHOD.md 8), or of the plain one in a network without
+        attention. This is the graph that is exported.
+        """
+        features = self.features(clip)
+        feature = features["Mixed_5c"]
+        for tap, attention in self.attend(features).items():
+            feature = attend(features[tap], attention, over="sample")
+        return self.logits(feature).mean(dim=2)
+
+
+def build_cvae(network: Recognizer) -> nn.ModuleDict:
+    """One CVAE per tap in use: {"Mixed_5c": CVAE} (METHOD.md 3, 9)."""
+    return nn.ModuleDict({tap: CVAE(shape) for tap, shape in network.shapes.items()})

@@ -1,0 +1,65 @@
+"""What a command works on: the store and the run, found by convention or named by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from gkdcli.console import Console
+from gkdcli.data.store import Store, setting_differences
+from gkdcli.errors import GkdError
+from gkdcli.runs import STAGE_FOLDER, Place, Run, newest_complete, open_run
+
+
+def open_store(place: Place) -> Store:
+    """The store a command works on.
+
+    Raises:
+        GkdError: there is none, or it was prepared with other settings.
+    """
+    if place.settings.task == "detection":
+        raise GkdError(
+            f"there is no {place.modality} store for {place.settings.dataset};"
+            " temporal detection is not built yet",
+            str(place.store),
+            "this version trains recognition: demo, folder",
+        )
+    store = Store.open(place.store)
+    differences = setting_differences(store.settings, place.settings.data.stored())
+    if differences:
+        raise GkdError(
+            f"the store was prepared with other settings: {', '.join(differences)}",
+            str(place.store),
+            "use the store's settings, or prepare under another name (`dataset` in the preset)",
+        )
+    return store
+
+
+def find_run(place: Place, console: Console, model: str, run_path: Path | None, store: Store) -> Run:
+    """The named run, or the newest complete one that fits; what was chosen is said.
+
+    Raises:
+        GkdError: none fits, or the named one is of other classes, another split or modality.
+    """
+    stage = "pretrain" if model == "teacher" else "distill"
+    if run_path is None:
+        run = newest_complete(place, stage, store.classes)
+        console.note(f"{model}: {run.folder} (newest that fits; `--run PATH` names another)")
+        return run
+    run = open_run(run_path)
+    for key, wanted in (("classes", store.classes), ("split", place.split), ("modality", place.modality)):
+        if run.record[key] != wanted:
+            known = (
+                "other classes than the store"
+                if key == "classes"
+                else f"{key} {run.record[key]}, not {wanted}"
+            )
+            raise GkdError(
+                f"this run is of {known}", str(run.folder), "scores of unlike runs and stores mean nothing"
+            )
+    if not run.weights.is_file():
+        raise GkdError(
+            "this run has no finished epoch",
+            str(run.folder),
+            f"`{place.command(STAGE_FOLDER[run.record['stage']], '--resume')}`",
+        )
+    return run

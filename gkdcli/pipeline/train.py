@@ -1,0 +1,276 @@
+"""`gkd pretrain-attention` and `gkd distill`: Settings -> a run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+
+from gkdcli.console import Console
+from gkdcli.data.clips import ClipDataset, hold_out
+from gkdcli.data.store import Store
+from gkdcli.errors import GkdError
+from gkdcli.evaluation.predict import predict
+from gkdcli.evaluation.scores import class_scores
+from gkdcli.models.cost import cost
+from gkdcli.models.layers import initialise
+from gkdcli.models.recognizer import Recognizer, build_cvae
+from gkdcli.models.weights import load_backbone
+from gkdcli.pipeline.lookup import open_store
+from gkdcli.report import draw_curves
+from gkdcli.result import Result
+from gkdcli.runs import (
+    STAGE_FOLDER,
+    Place,
+    Run,
+    create_run,
+    newest_complete,
+    newest_unfinished,
+    open_run,
+    relative_to_run,
+    resumed_settings,
+)
+from gkdcli.settings import CHANNELS
+from gkdcli.tasks import recognition
+from gkdcli.tasks.trained import (
+    ROLE,
+    chosen_device,
+    rebuild,
+    rebuild_generators,
+    require_same_clip,
+    start_student,
+)
+from gkdcli.training.steps import Networks
+from gkdcli.training.trainer import Job, Trainer
+
+
+def train(
+    place: Place,
+    console: Console,
+    stage: str,
+    *,
+    backbone: Path | None,
+    resume: bool,
+    max_steps: int | None,
+    dry_run: bool,
+    teacher: Path | None = None,
+) -> Result:
+    """Phase 1 (`pretrain`) or phase 2 (`distill`).
+
+    Args:
+        place: where, and with which settings.
+        console: who is told.
+        stage: `pretrain` or `distill`.
+        backbone: Kinetics weights to start the backbone from.
+        resume: continue the newest unfinished run.
+        max_steps: stop after so many steps.
+        dry_run: only plan.
+        teacher: run folder of the teacher; default: the newest that fits.
+    """
+    store = open_store(place)
+    run = newest_unfinished(place, stage) if resume else None
+    if run is not None:
+        place = replace(place, settings=resumed_settings(run, place))
+        if run.record["store"]["fingerprint"] != store.fingerprint:
+            raise GkdError("the store has changed since this run began", str(run.folder), "start a new run")
+        teacher = teacher or _recorded_teacher(run)
+    settings = place.settings
+    videos, held = hold_out(store.videos, store.split(place.split, "train"), settings.data.holdout)
+    teacher_run = _find_teacher(place, console, stage, store, teacher)
+    networks, began = _build_networks(place, stage, store, teacher_run, backbone)
+    dataset = ClipDataset(store, videos, settings.clips, settings.recipe, settings.train.seed)
+    plan = _plan(place, stage, networks, dataset, held, max_steps, teacher_run)
+    if dry_run:
+        return Result(plan)
+    device = chosen_device(settings)
+    fabric = Fabric(accelerator=device.type, devices=1)
+    if run is None:
+        run = create_run(place, stage, _record(place, store, held, teacher_run, began, plan))
+        console.note(f"run {run.folder}: {began}, {plan['steps']} steps on {device.type}")
+    held_set = ClipDataset(store, held, settings.clips, settings.recipe, seed=None)
+    job = Job(
+        networks,
+        settings,
+        dataset,
+        recognition.supervised_terms,
+        validate=partial(_validate, networks.student, held_set, place, device) if held else None,
+        warm_up=partial(_warm_up, networks.student, held_set if held else dataset, place, device),
+        resume_command=place.command(STAGE_FOLDER[stage], "--resume"),
+    )
+    with run.lock():
+        trainer = Trainer(job, run, console, fabric)
+        if resume:
+            trainer.restore()
+            console.note(
+                f"continuing {run.folder} at epoch {trainer.position.epoch}, step {trainer.position.step}"
+            )
+        run.update(state="running")
+        trainer.fit(max_steps)
+        draw_curves(run.metrics, run.folder / "curves.png")
+    return _trained(place, stage, run)
+
+
+def _find_teacher(place: Place, console: Console, stage: str, store: Store, given: Path | None) -> Run | None:
+    settings = place.settings
+    wanted = stage == "distill" and (settings.distill.method == "gkd" or settings.train.init == "teacher")
+    if not wanted:
+        return None
+    found = open_run(given) if given else newest_complete(place, "pretrain", store.classes)
+    if found.record["stage"] != "pretrain" or found.record["classes"] != store.classes:
+        raise GkdError(
+            "this run is no teacher of these classes", str(found.folder), "name a pretrain-attention run"
+        )
+    if found.record["modality"] != place.modality:
+        raise GkdError(
+            f"the teacher is a {found.record['modality']} network",
+            str(found.folder),
+            f"`--modality {found.record['modality']}`",
+        )
+    require_same_clip(found, settings)
+    console.note(
+        f"teacher: {found.folder}" + ("" if given else " (newest that fits; `--teacher PATH` names another)")
+    )
+    return found
+
+
+def _recorded_teacher(run: Run) -> Path | None:
+    parent = run.record.get("parents", {}).get("teacher")
+    return run.folder / parent if parent else None
+
+
+def _build_networks(
+    place: Place, stage: str, store: Store, teacher_run: Run | None, backbone: Path | None
+) -> tuple[Networks, str]:
+    """Everything in play, and a line about the first weights."""
+    settings = place.settings
+    plain = stage == "distill" and settings.distill.method == "none"
+    torch.manual_seed(settings.train.seed)
+    student = recognition.build_network(settings, ROLE[stage], len(store.classes), place.modality, not plain)
+    generators = None if plain else build_cvae(student)
+    if settings.recipe == "corrected":
+        for module in [student.attention, generators]:
+            if module is not None:
+                initialise(module)
+    teacher = rebuild(teacher_run) if teacher_run else None
+    began = start_student(student, settings.train.init, teacher, place.root)
+    if backbone is not None:
+        found = load_backbone(student, backbone)
+        began = f"backbone from {backbone} ({len(found.loaded)} tensors)"
+    if plain or teacher_run is None or teacher is None:
+        return Networks(student, generators), began
+    return Networks(student, generators, teacher, rebuild_generators(teacher_run, teacher)), began
+
+
+def _plan(
+    place: Place,
+    stage: str,
+    networks: Networks,
+    dataset: ClipDataset,
+    held: list[int],
+    max_steps: int | None,
+    teacher_run: Run | None,
+) -> dict[str, Any]:
+    settings = place.settings
+    channels = CHANNELS[place.modality]
+    clip = (channels, settings.clips.length, settings.clips.crop, settings.clips.crop)
+    attention = bool(networks.student.attention)
+    found = cost(
+        lambda: recognition.build_network(
+            settings, ROLE[stage], len(dataset.store.classes), place.modality, attention
+        ),
+        clip,
+    )
+    generators = networks.generators
+    parts = 2 if generators is not None and settings.train.schedule == "epoch" else 1
+    steps = settings.optim.epochs * parts * -(-len(dataset) // settings.optim.batch_size)
+    return {
+        "stage": STAGE_FOLDER[stage],
+        "preset": settings.name,
+        "modality": place.modality,
+        "split": place.split,
+        "recipe": settings.recipe,
+        "schedule": settings.train.schedule,
+        "init": settings.train.init,
+        "teacher": str(teacher_run.folder) if teacher_run else None,
+        "classes": len(dataset.store.classes),
+        "training_videos": len(dataset),
+        "held_out_videos": len(held),
+        "epochs": settings.optim.epochs,
+        "steps": min(steps, max_steps or steps),
+        "batch_size": settings.optim.batch_size,
+        "clip": f"{clip[0]}x{clip[1]}x{clip[2]}x{clip[3]}",
+        "parameters": found.parameters,
+        "gmac": found.gmac,
+        "cvae_parameters": sum(p.numel() for p in generators.parameters()) if generators is not None else 0,
+        "runs": str(place.runs(stage)),
+    }
+
+
+def _record(
+    place: Place, store: Store, held: list[int], teacher_run: Run | None, began: str, plan: dict[str, Any]
+) -> dict[str, Any]:
+    folder = place.runs("pretrain") / "x"  # all runs lie equally deep
+    parents = {"teacher": relative_to_run(folder, teacher_run.folder)} if teacher_run else {}
+    chosen = "best" if held else "last"
+    return {
+        "classes": store.classes,
+        "parents": parents,
+        "began": began,
+        "parameters": plan["parameters"],
+        "gmac": plan["gmac"],
+        "store": {"path": relative_to_run(folder, place.store), "fingerprint": store.fingerprint},
+        "versions": {"torch": torch.__version__},
+        "protocol": {
+            "weights": chosen,
+            "held_out_videos": len(held),
+            "chosen_on": "held-out training videos" if held else "nothing: the last epoch",
+        },
+    }
+
+
+def _validate(
+    network: Recognizer, dataset: ClipDataset, place: Place, device: torch.device, limit: int | None = None
+) -> float:
+    """Top-1 on held-out videos."""
+    network.eval()
+    batch, workers = place.settings.eval.batch_size, place.settings.train.workers
+    logits, labels = predict(
+        dataset,
+        recognition.predictor(network, place.modality, place.settings.recipe),
+        batch_size=batch,
+        device=device,
+        workers=workers if limit is None else 0,
+        tick=lambda done, text="": None,
+        limit=limit,
+    )
+    return float((class_scores(logits, place.settings.recipe).argmax(1) == labels).mean())
+
+
+def _warm_up(network: Recognizer, dataset: ClipDataset, place: Place, device: torch.device) -> None:
+    """Two batches in minute zero: store, decoder, network and scorer fit together."""
+    test_views = ClipDataset(dataset.store, dataset.videos, dataset.clips, dataset.recipe, seed=None)
+    _validate(network, test_views, place, device, limit=2 * place.settings.eval.batch_size)
+
+
+def _trained(place: Place, stage: str, run: Run) -> Result:
+    record = run.record
+    payload = {
+        "state": record["state"],
+        "run": str(run.folder),
+        "steps": record["progress"]["step"],
+        "seconds": round(record["seconds"], 1),
+        "parameters": record["parameters"],
+        "gmac": record["gmac"],
+        "best_epoch": record["progress"]["best_epoch"],
+        "held_out_top1": record["progress"]["best_held_out_top1"],
+        "curves": str(run.folder / "curves.png"),
+    }
+    then = place.command("distill") if stage == "pretrain" else place.command("evaluate")
+    if record["state"] == "cut":
+        then = f"`{place.command(STAGE_FOLDER[stage], '--resume')}` (this run was cut short and is never chosen silently)"
+        return Result(payload, str(run.folder), next=f"next: {then}")
+    return Result(payload, str(run.folder), next=f"next: `{then}`")

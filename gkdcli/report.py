@@ -1,0 +1,71 @@
+"""Pictures of what people would rather look at than read."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from gkdcli.files import atomic_path
+
+
+def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], path: Path) -> None:
+    """The confusion matrix as a PNG: rows true, columns predicted, shares of each row."""
+    import numpy as np
+
+    counts = np.asarray(confusion, dtype=float)
+    shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+    side = max(4.0, 0.3 * len(classes) + 2)
+    figure, axes = _figure(side, side)
+    image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
+    if len(classes) <= 60:
+        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
+        axes.set_yticks(range(len(classes)), classes, fontsize=8)
+    axes.set(xlabel="predicted", ylabel="true", title="share of each class's test videos")
+    if len(classes) <= 20:
+        for row, column in zip(*np.nonzero(counts), strict=True):
+            colour = "white" if shares[row, column] > 0.5 else "black"
+            axes.text(
+                column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=colour, fontsize=7
+            )
+    figure.colorbar(image, ax=axes, fraction=0.046)
+    _save(figure, path)
+
+
+def draw_curves(metrics: Path, path: Path) -> None:
+    """Every loss term's mean per epoch, and the held-out top-1, as a PNG."""
+    epochs = [entry for entry in _entries(metrics) if "mean" in entry]
+    if not epochs:
+        return
+    figure, axes = _figure(8, 5)
+    numbers = [entry["epoch"] for entry in epochs]
+    for name in epochs[0]["mean"]:
+        axes.plot(numbers, [entry["mean"].get(name) for entry in epochs], marker=".", label=name)
+    axes.set(xlabel="epoch", ylabel="loss term, mean", yscale="log")
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.12, 1))
+    if "held_out_top1" in epochs[0]:
+        right = axes.twinx()
+        right.plot(numbers, [entry["held_out_top1"] for entry in epochs], color="black", linestyle="--")
+        right.set(ylabel="held-out top-1 (dashed)", ylim=(0, 1))
+    _save(figure, path)
+
+
+def _entries(metrics: Path) -> list[dict[str, Any]]:
+    if not metrics.is_file():
+        return []
+    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def _figure(width: float, height: float) -> tuple[Any, Any]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure, figure.add_subplot()
+
+
+def _save(figure: Any, path: Path) -> None:
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")

@@ -1,0 +1,319 @@
+"""Merges the sources of settings: flags > --set > GKD_SECTION__KEY > --config > preset > default.
+
+A page (preset or --config file) is TOML: top-level keys, one table per section, and overlays for a
+stage, a modality or both (`[distill.optim]`, `[flow.optim]`, `[distill.flow.optim]`). Within a page the
+most specific wins: both > stage > modality > plain section.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from gkdcli.errors import GkdError, usage_error
+from gkdcli.settings import MODALITIES, SECTIONS, STAGES, Settings
+
+PREFIX = "GKD_"
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Settings, and for every dotted key where its value came from."""
+
+    settings: Settings
+    origin: dict[str, str]
+    page: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Given:
+    value: Any
+    origin: str
+    where: str
+
+
+def setting_names() -> list[str]:
+    """All dotted names: `optim.learning_rate`, `recipe`, ..."""
+    names = []
+    for name, field in Settings.model_fields.items():
+        kind = field.annotation
+        if name in SECTIONS and isinstance(kind, type) and issubclass(kind, BaseModel):
+            names += [f"{name}.{key}" for key in kind.model_fields]
+        else:
+            names.append(name)
+    return names
+
+
+def preset_folder() -> Path:
+    """In a wheel `gkdcli/presets`; in a checkout the folder beside the package."""
+    packed = Path(__file__).parent / "presets"
+    return packed if packed.is_dir() else Path(__file__).parent.parent / "presets"
+
+
+def preset_names() -> list[str]:
+    """The pages that come with gkd."""
+    return sorted(path.stem for path in preset_folder().glob("*.toml"))
+
+
+def find_page(preset: str, root: Path) -> tuple[Path, str]:
+    """The TOML file behind a preset's name, a path, or the name of an existing store; and its run name.
+
+    Raises:
+        GkdError: nothing of that name (exit code 2); the nearest name is in the hint.
+    """
+    if preset.endswith(".toml") or "/" in preset:
+        path = Path(preset)
+        if not path.is_file():
+            raise usage_error(f"there is no preset file `{preset}`", "argument PRESET", _known(preset, root))
+        return path, path.stem
+    packed = preset_folder() / f"{preset}.toml"
+    if packed.is_file():
+        return packed, preset
+    own = root / "stores" / preset / "preset.toml"
+    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", preset) and own.is_file():
+        return own, preset
+    raise usage_error(f"no preset is called `{preset}`", "argument PRESET", _known(preset, root))
+
+
+def _known(preset: str, root: Path) -> str:
+    names = preset_names() + sorted(path.parent.name for path in root.glob("stores/*/preset.toml"))
+    near = difflib.get_close_matches(preset, names, n=1)
+    guess = f"did you mean `{near[0]}`? " if near else ""
+    return f"{guess}Known: {', '.join(names)}; a path such as `./mine.toml` works too"
+
+
+def resolve(
+    preset: str,
+    *,
+    stage: str,
+    modality: str,
+    root: Path,
+    config: Path | None = None,
+    sets: Sequence[str] = (),
+    flags: Mapping[str, tuple[str, Any]] | None = None,
+    environment: Mapping[str, str] | None = None,
+) -> Resolved:
+    """Merges all sources for one command.
+
+    Args:
+        preset: a preset's name, a path to a .toml, or the name of an existing store.
+        stage: which overlays apply, one of `STAGES`.
+        modality: likewise, one of `MODALITIES`.
+        root: the folder under which stores are looked up.
+        config: a page that overrides the preset.
+        sets: `section.key=value`, from the command line.
+        flags: dotted key -> (flag, value), for the flags that stand for settings.
+        environment: usually `os.environ`.
+
+    Raises:
+        GkdError: an unknown name or a value out of range, with its origin (exit code 2).
+    """
+    path, name = find_page(preset, root)
+    page = read_page(path)
+    given: dict[str, _Given] = {
+        "name": _Given(name, f"preset {name}", str(path)),
+        "dataset": _Given(name, f"preset {name}", str(path)),
+    }
+    given |= _flatten(page, stage, modality, f"preset {name}", path)
+    if config is not None:
+        if not config.is_file():
+            raise usage_error(f"there is no config file `{config}`", "--config")
+        given |= _flatten(read_page(config), stage, modality, f"--config {config}", config)
+    given |= _from_environment(environment or {})
+    for text in sets:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise usage_error(f"`{text}` sets nothing", "--set", "write --set section.key=value")
+        _require_known(key.strip(), f"--set {text}", given)
+        given[key.strip()] = _Given(_value(value.strip()), "--set", f"--set {text}")
+    for key, (flag, value) in (flags or {}).items():
+        given[key] = _Given(value, flag, f"{flag} {value}")
+    settings = _validate(given)
+    origin = {key: given[key].origin if key in given else "default" for key in setting_names()}
+    return Resolved(settings, origin, page)
+
+
+def read_page(path: Path) -> dict[str, Any]:
+    """Parses a TOML page.
+
+    Raises:
+        GkdError: not UTF-8 or not TOML, with the parser's line (exit code 2).
+    """
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise usage_error(f"this page is not valid TOML: {error}", str(path)) from None
+
+
+def _flatten(
+    page: Mapping[str, Any], stage: str, modality: str, origin: str, path: Path
+) -> dict[str, _Given]:
+    """The values of a page that apply to (stage, modality), after checking every name in it."""
+    layers: dict[int, dict[str, _Given]] = {0: {}, 1: {}, 2: {}, 3: {}}
+    for names, value in _leaves(page):
+        where = f"{path}, {_line_of(path, names)}key `{'.'.join(names)}`"
+        overlay, key = list(names), ""
+        on_stage = on_modality = None
+        # `distill` and `export` are stages as well as sections: the table below decides which is meant
+        if len(overlay) > 2 and overlay[0] in STAGES:
+            on_stage = overlay.pop(0)
+        if len(overlay) > 2 and overlay[0] in MODALITIES:
+            on_modality = overlay.pop(0)
+        key = ".".join(overlay)
+        _require_known(key, where, {})
+        if on_stage not in (None, stage) or on_modality not in (None, modality):
+            continue
+        depth = 2 * (on_stage is not None) + (on_modality is not None)
+        table = ".".join(names[:-1]) if depth else ""
+        layers[depth][key] = _Given(value, f"{origin} [{table}]" if table else origin, where)
+    return layers[0] | layers[1] | layers[2] | layers[3]
+
+
+def _leaves(table: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, (*prefix, key))
+        else:
+            yield (*prefix, key), value
+
+
+def _line_of(path: Path, names: tuple[str, ...]) -> str:
+    pattern = re.compile(rf"^\s*\"?{re.escape(names[-1])}\"?\s*=", re.MULTILINE)
+    text = path.read_text(encoding="utf-8-sig")
+    header = (
+        re.search(rf"^\s*\[{re.escape('.'.join(names[:-1]))}\]", text, re.MULTILINE) if names[:-1] else None
+    )
+    found = pattern.search(text, header.end() if header else 0)
+    return f"line {text.count(chr(10), 0, found.start()) + 1}, " if found else ""
+
+
+def _from_environment(environment: Mapping[str, str]) -> dict[str, _Given]:
+    given = {}
+    for variable in sorted(environment):
+        if variable.startswith(PREFIX):
+            key = variable.removeprefix(PREFIX).lower().replace("__", ".")
+            _require_known(key, f"environment variable {variable}", {})
+            text = environment[variable]
+            given[key] = _Given(_value(text), variable, f"environment variable {variable}={text}")
+    return given
+
+
+def _value(text: str) -> Any:
+    """A TOML value, or the text itself (`teacher` needs no quotes)."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _require_known(key: str, where: str, given: Mapping[str, _Given]) -> None:
+    names = setting_names()
+    if key in names:
+        return
+    near = difflib.get_close_matches(key, names, n=1) or [
+        name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]
+    ]
+    hint = "`gkd distill PRESET --show-config` lists all settings"
+    if near:
+        now = given.get(near[0])
+        value = f", now {now.value} from {now.origin}" if now else ""
+        hint = f"nearest is `{near[0]}`{value}; {hint}"
+    raise usage_error(f"`{key}` is not a setting", where, hint)
+
+
+def _validate(given: Mapping[str, _Given]) -> Settings:
+    nested: dict[str, Any] = {}
+    for key, item in given.items():
+        section, dot, name = key.rpartition(".")
+        (nested.setdefault(section, {}) if dot else nested)[name] = item.value
+    try:
+        return Settings.model_validate(nested)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        parts = [str(part) for part in first["loc"]]
+        key = ".".join(parts[:2] if parts and parts[0] in SECTIONS else parts[:1])
+        item = given.get(key)
+        message = re.sub(r"^(Value error, |Input )", "", first["msg"])
+        what = (
+            f"`{key}` is {item.value!r}, but it {message}"
+            if item and "Value error" not in first["msg"]
+            else message
+        )
+        raise usage_error(what, item.where if item else _where_of(what, given), _describe(key)) from None
+
+
+def _where_of(message: str, given: Mapping[str, _Given]) -> str:
+    """A rule over several settings names its keys; the first named one that was given is the place."""
+    return next(
+        (item.where for key, item in given.items() if re.search(rf"\b{re.escape(key)}\b", message)), ""
+    )
+
+
+def _describe(key: str) -> str:
+    section, dot, name = key.rpartition(".")
+    model: Any = Settings.model_fields[section].annotation if dot and section in SECTIONS else Settings
+    field = model.model_fields.get(name)
+    if field is None or field.annotation is None or not field.description:
+        return ""
+    unit = (field.json_schema_extra or {}).get("unit", "")
+    return f"{key}: {field.description}{f' ({unit})' if unit else ''}; default {field.default!r}"
+
+
+def toml_value(value: Any) -> str:
+    """One value as TOML (JSON's strings, numbers, booleans and arrays are TOML's)."""
+    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+
+
+def to_toml(settings: Settings, origin: Mapping[str, str] | None = None) -> str:
+    """The whole resolved page; with `origin`, each value's source stands behind it as a comment."""
+    document = settings.model_dump(mode="json")
+    lines: list[str] = []
+    for name, value in document.items():
+        if name not in SECTIONS:
+            lines.append(_toml_line(name, name, value, origin))
+    for section in SECTIONS:
+        lines += ["", f"[{section}]"]
+        lines += [
+            _toml_line(f"{section}.{key}", key, value, origin) for key, value in document[section].items()
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def _toml_line(dotted: str, key: str, value: Any, origin: Mapping[str, str] | None) -> str:
+    line = f"{key} = {toml_value(value)}"
+    return f"{line:<44}  # {origin[dotted]}" if origin else line
+
+
+def page_to_toml(page: Mapping[str, Any]) -> str:
+    """A page of tables within tables, as TOML."""
+    lines = [f"{key} = {toml_value(value)}" for key, value in page.items() if not isinstance(value, dict)]
+    tables: dict[tuple[str, ...], list[str]] = {}
+    for names, value in _leaves(page):
+        if len(names) > 1:
+            tables.setdefault(names[:-1], []).append(f"{names[-1]} = {toml_value(value)}")
+    for names, entries in tables.items():
+        lines += ["", f"[{'.'.join(names)}]", *entries]
+    return "\n".join(lines) + "\n"
+
+
+def load_settings(path: Path) -> Settings:
+    """Reads back the `settings.toml` of a run.
+
+    Raises:
+        GkdError: the file is missing, or holds what this version does not know.
+    """
+    if not path.is_file():
+        raise GkdError("this run has no settings.toml", str(path.parent), "name another with --run")
+    given = {
+        ".".join(names): _Given(value, str(path), f"{path}, key {'.'.join(names)}")
+        for names, value in _leaves(read_page(path))
+    }
+    return _validate(given)

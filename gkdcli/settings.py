@@ -1,0 +1,235 @@
+"""Every setting, declared once: name, default, unit, range and reason. `gkdcli.resolve` merges their sources."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+def _setting(default: Any, description: str, unit: str = "", **constraints: Any) -> Any:
+    return Field(default, description=description, json_schema_extra={"unit": unit}, **constraints)
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DataSettings(_Section):
+    """What `gkd prepare` writes, and how the videos are divided."""
+
+    source: Literal["videos", "drawn"] = _setting(
+        "videos", "read the user's videos, or draw the synthetic motions of the demo first"
+    )
+    storage: Literal["jpeg", "raw"] = _setting(
+        "jpeg", "frames in the store: JPEG (13 times smaller) or raw uint8"
+    )
+    jpeg_quality: int = _setting(95, "quality of stored JPEG frames", "libjpeg scale", ge=50, le=100)
+    short_side: int = _setting(
+        256,
+        "frames are scaled so that the shorter side has this length; 0 keeps their size",
+        "px",
+        ge=0,
+        le=2160,
+    )
+    size: list[Annotated[int, Field(ge=16, le=2160)]] = _setting(
+        [],
+        "exact [width, height], aspect ratio given up (THUMOS14: 112x112); empty: `short_side` decides",
+        "px",
+        max_length=2,
+    )
+    fps: float = _setting(0.0, "frames kept per second of video; 0 keeps all", "frames/s", ge=0.0, le=240.0)
+    workers: int = _setting(0, "processes of `gkd prepare`; 0: one per core", "processes", ge=0, le=256)
+    test_fraction: float = _setting(
+        0.2, "share of each class tested where a folder names no split", "fraction", gt=0.0, lt=1.0
+    )
+    holdout: float = _setting(
+        0.1,
+        "share of the training videos held out to choose `best`; 0 trains on all and uses `last`",
+        "fraction",
+        ge=0.0,
+        lt=1.0,
+    )
+    draw_train: int = _setting(60, "drawn training videos per class", "videos", ge=2, le=10000)
+    draw_test: int = _setting(20, "drawn test videos per class", "videos", ge=1, le=10000)
+    draw_seed: int = _setting(2020, "seed of the drawn videos", ge=0)
+
+    def stored(self) -> dict[str, Any]:
+        """The settings that a store depends on; a page that differs in them is refused."""
+        return self.model_dump(mode="json", exclude={"workers", "holdout"})
+
+    @model_validator(mode="after")
+    def _size_is_a_pair(self) -> DataSettings:
+        if len(self.size) == 1:
+            raise ValueError("size takes two numbers, width and height, or none")
+        return self
+
+
+class ClipSettings(_Section):
+    """What of a video enters the network, and how it is varied in training (METHOD.md 4)."""
+
+    length: int = _setting(64, "consecutive frames of a clip", "frames", ge=16, le=1024, multiple_of=8)
+    crop: int = _setting(224, "side of the square the network sees", "px", ge=32, le=512)
+    short_side: int = _setting(
+        0, "stored frames are first rescaled to this short side (HMDB51: 240); 0: not", "px", ge=0, le=2160
+    )
+    scales: list[Annotated[float, Field(gt=0.1, le=1.0)]] = _setting(
+        [1.0, 0.875, 0.75, 0.66],
+        "multi-scale crop: sides as shares of the shorter side",
+        "fraction",
+        min_length=1,
+    )
+    flip: bool = _setting(True, "mirror half of the training clips; off where left and right are classes")
+    mean: list[float] = _setting(
+        [0.485, 0.456, 0.406],
+        "subtracted from pixels in [0,1]; one value serves all channels",
+        "fraction",
+        min_length=1,
+        max_length=3,
+    )
+    std: list[Annotated[float, Field(gt=0.0)]] = _setting(
+        [0.229, 0.224, 0.225], "divides pixels after `mean`", "fraction", min_length=1, max_length=3
+    )
+
+
+Backbone = Literal["i3d", "top-i3d", "bottom-i3d", "i2d"]
+
+
+class ModelSettings(_Section):
+    """The two networks, out of one builder (METHOD.md 1)."""
+
+    teacher: Backbone = _setting("i3d", "backbone of the teacher")
+    student: Backbone = _setting("top-i3d", "backbone of the student")
+    width: float = _setting(
+        1.0, "multiplies every channel count, for small machines", "factor", ge=0.0625, le=2.0
+    )
+    dropout: float = _setting(0.5, "dropout before the classifier", "probability", ge=0.0, lt=1.0)
+
+
+class OptimSettings(_Section):
+    """Optimisers of both stages (METHOD.md 4)."""
+
+    algorithm: Literal["sgd", "adam"] = _setting("sgd", "optimiser of backbone, attention and head")
+    learning_rate: float = _setting(1e-3, "of backbone, attention and head", gt=0.0, le=10.0)
+    momentum: float = _setting(0.9, "of SGD", ge=0.0, lt=1.0)
+    weight_decay: float = _setting(5e-4, "coupled, the plain kind", ge=0.0, le=1.0)
+    schedule: Literal["constant", "cosine"] = _setting(
+        "constant", "learning rate over the run, both optimisers"
+    )
+    warmup_epochs: float = _setting(0.0, "linear rise at the start", "epochs", ge=0.0, le=1000.0)
+    batch_size: int = _setting(
+        6, "clips per optimiser step and process, before accumulation", "clips", ge=1, le=4096
+    )
+    accumulation: int = _setting(
+        1, "batches whose gradients are added up before a step", "batches", ge=1, le=4096
+    )
+    epochs: int = _setting(200, "passes over the training videos", "epochs", ge=1, le=100000)
+    generator_lr: float = _setting(1e-4, "of the CVAE (Adam)", gt=0.0, le=10.0)
+    generator_betas: tuple[Fraction, Fraction] = _setting((0.8, 0.999), "of the CVAE's Adam")
+
+
+class DistillSettings(_Section):
+    """Weights of the loss terms (METHOD.md 4)."""
+
+    method: Literal["gkd", "none"] = _setting(
+        "gkd", "generative distillation, or the plain student: backbone and classifier, task loss only"
+    )
+    beta: float = _setting(0.1, "weight of attention distillation", ge=0.0)
+    generative_weight: float = _setting(
+        0.01, "weight of generative distillation in the generator stage", ge=0.0
+    )
+    reconstruction_weight: float = _setting(
+        0.5, "weight of the generated feature's error, once ramped up", ge=0.0
+    )
+    kl_weight: float = _setting(0.1, "weight of the KL term in the CVAE loss", ge=0.0)
+    ramp_epochs: int = _setting(
+        20, "epochs until the reconstruction weight is reached; 0: all epochs of the run", "epochs", ge=0
+    )
+
+
+class TrainSettings(_Section):
+    """How a run proceeds."""
+
+    schedule: Literal["epoch", "step"] = _setting(
+        "epoch", "two passes per epoch as published, or both stages on one student forward"
+    )
+    init: str = _setting(
+        "scratch", "the student's first weights: scratch, teacher, or a file or run", min_length=1
+    )
+    seed: int = _setting(2020, "of weights, order, crops, noise and dropout", ge=0, lt=2**63)
+    device: Literal["auto", "cpu", "cuda"] = _setting(
+        "auto", "where networks run; auto: CUDA where there is one"
+    )
+    workers: int = _setting(
+        0, "processes that load clips; 0: the training process itself", "processes", ge=0, le=256
+    )
+    checkpoint_minutes: float = _setting(
+        10.0, "a checkpoint is also written this often within an epoch", "minutes", gt=0.0
+    )
+
+
+class EvalSettings(_Section):
+    """How scores are computed."""
+
+    batch_size: int = _setting(
+        8, "clips per forward pass; the scores do not depend on it", "clips", ge=1, le=4096
+    )
+
+
+class ExportSettings(_Section):
+    """What leaves the house."""
+
+    opset: int = _setting(20, "ONNX operator set", ge=18, le=25)
+    tolerance: float = _setting(
+        1e-4,
+        "largest accepted difference between exported and live logits, relative to their size",
+        "fraction",
+        gt=0.0,
+        le=0.1,
+    )
+
+
+class Settings(_Section):
+    """A resolved page: what one command works with."""
+
+    name: str = _setting("", "name of the preset; runs are filed under it")
+    dataset: str = _setting(
+        "", "name of the data set; stores are filed under it", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
+    )
+    task: Literal["recognition", "detection"] = _setting("recognition", "what the networks are for")
+    recipe: Literal["official", "corrected"] = _setting(
+        "corrected", "the published code to the last quirk, or the method as its text means it (METHOD.md 8)"
+    )
+    data: DataSettings = DataSettings()
+    clips: ClipSettings = ClipSettings()
+    model: ModelSettings = ModelSettings()
+    optim: OptimSettings = OptimSettings()
+    distill: DistillSettings = DistillSettings()
+    train: TrainSettings = TrainSettings()
+    eval: EvalSettings = EvalSettings()
+    export: ExportSettings = ExportSettings()
+
+    @model_validator(mode="after")
+    def _fits_the_task(self) -> Settings:
+        if self.task == "detection" and self.clips.length % 128:
+            raise ValueError(
+                f"clips.length is {self.clips.length} frames; the detector needs a multiple of 128"
+            )
+        if self.task == "detection" and self.recipe == "official" and self.optim.batch_size != 1:
+            raise ValueError(
+                f"optim.batch_size is {self.optim.batch_size}; recipe official sums over the batch in detection"
+                " and needs 1 (optim.accumulation makes larger steps)"
+            )
+        return self
+
+
+STAGES = ("prepare", "pretrain", "distill", "evaluate", "export")
+CHANNELS = {"rgb": 3, "flow": 2}
+MODALITIES = tuple(CHANNELS)
+SECTIONS = tuple(
+    name
+    for name, field in Settings.model_fields.items()
+    if isinstance(field.annotation, type) and issubclass(field.annotation, _Section)
+)

@@ -1,0 +1,1 @@
+"""Recognition (and detection, to come): the same few functions each."""

@@ -1,0 +1,67 @@
+"""Recognition: how its networks are built, its supervised terms, its scores. `detection` answers the same calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from torch import Tensor
+
+from gkdcli.losses.distill import classification_loss
+from gkdcli.models.attention import attend
+from gkdcli.models.recognizer import Recognizer
+from gkdcli.settings import CHANNELS, Settings
+from gkdcli.training.noise import Noise
+from gkdcli.training.steps import Term
+
+Role = Literal["teacher", "student"]
+
+
+def build_network(
+    settings: Settings, role: Role, classes: int, modality: str, attention: bool = True
+) -> Recognizer:
+    """The teacher or the student of a page; the plain student has no attention (METHOD.md 8)."""
+    return Recognizer(
+        settings.model.teacher if role == "teacher" else settings.model.student,
+        classes,
+        length=settings.clips.length,
+        crop=settings.clips.crop,
+        channels=CHANNELS[modality],
+        width=settings.model.width,
+        dropout=settings.model.dropout,
+        attention=attention,
+    )
+
+
+def supervised_terms(
+    network: Recognizer,
+    features: dict[str, Tensor],
+    maps: dict[str, Tensor],
+    labels: Tensor,
+    noise: Noise,
+    recipe: Literal["official", "corrected"],
+) -> dict[str, Term]:
+    """Cross-entropy on the attended feature, on the plain one where there is no attention (METHOD.md 4, 8)."""
+    feature = features["Mixed_5c"]
+    if maps:
+        over: Literal["batch", "sample"] = "batch" if recipe == "official" else "sample"
+        feature = attend(feature, maps["Mixed_5c"], over)
+    keep = noise.keep(network.dropout_shape(len(labels)), network.dropout)
+    return {"classification": Term(1.0, classification_loss(network.logits(feature, keep), labels, recipe))}
+
+
+def predictor(network: Recognizer, modality: str, recipe: str) -> Callable[[Tensor], Tensor]:
+    """Normalised clips -> logits per time step (B, classes, T' - 1), as evaluation takes them (METHOD.md 6, 8 (17)).
+
+    rgb: of the attended feature, rescaled per clip. flow: of the plain feature in `official`.
+    """
+
+    def logits(clips: Tensor) -> Tensor:
+        features = network.features(clips)
+        feature = features["Mixed_5c"]
+        if not (modality == "flow" and recipe == "official"):
+            for tap, attention in network.attend(features).items():
+                feature = attend(features[tap], attention, "sample")
+        return network.logits(feature)
+
+    return logits

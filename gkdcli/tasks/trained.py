@@ -1,0 +1,160 @@
+"""Trained networks: rebuilt from their run folder, or chosen as a student's first weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from gkdcli.data.clips import ClipDataset
+from gkdcli.data.store import Store
+from gkdcli.errors import GkdError, usage_error
+from gkdcli.models.cost import Cost, cost
+from gkdcli.models.recognizer import Recognizer, build_cvae
+from gkdcli.models.weights import Fit, fit, init_student, load_tensors, require_fit
+from gkdcli.runs import Run
+from gkdcli.settings import CHANNELS, Settings
+from gkdcli.tasks import recognition
+
+ROLE: dict[str, recognition.Role] = {"pretrain": "teacher", "distill": "student"}
+
+
+def rebuild(run: Run) -> Recognizer:
+    """The network of a run with its weights, in evaluation mode.
+
+    Raises:
+        GkdError: the weights are missing, damaged or of another network.
+    """
+    record = run.record
+    network = recognition.build_network(
+        run.settings, ROLE[record["stage"]], len(record["classes"]), record["modality"], has_attention(run)
+    )
+    require_fit(
+        fit(network, load_tensors(run.weights), "network."), str(run.weights), f"{record['modality']} network"
+    )
+    return network.eval()
+
+
+def rebuild_generators(run: Run, network: Recognizer) -> nn.ModuleDict:
+    """The CVAEs of a run."""
+    generators = build_cvae(network)
+    require_fit(fit(generators, load_tensors(run.weights), "generator."), str(run.weights), "CVAE")
+    return generators
+
+
+def has_attention(run: Run) -> bool:
+    """All but the plain student have one."""
+    return bool(run.record["method"] != "none")
+
+
+def run_cost(run: Run) -> Cost:
+    """Parameters and multiply-adds of a run's network."""
+    record, clips = run.record, run.settings.clips
+    channels = CHANNELS[record["modality"]]
+    return cost(
+        lambda: recognition.build_network(
+            run.settings,
+            ROLE[record["stage"]],
+            len(record["classes"]),
+            record["modality"],
+            has_attention(run),
+        ),
+        (channels, clips.length, clips.crop, clips.crop),
+    )
+
+
+def require_same_clip(teacher: Run, settings: Settings) -> None:
+    """Refuses a teacher whose taps have other shapes than the student's.
+
+    Raises:
+        GkdError: with both values.
+    """
+    theirs, ours = teacher.settings, settings
+    for key, old, new in (
+        ("clips.length", theirs.clips.length, ours.clips.length),
+        ("clips.crop", theirs.clips.crop, ours.clips.crop),
+        ("model.width", theirs.model.width, ours.model.width),
+    ):
+        if old != new:
+            raise GkdError(
+                f"teacher and student differ in {key}: {old} and {new}",
+                str(teacher.folder / "settings.toml"),
+                f"`--set {key}={old}`, or train a teacher of that kind",
+            )
+
+
+def start_student(student: Recognizer, init: str, teacher: Recognizer | None, root: Path) -> str:
+    """Gives a network its first weights; returns what was done, for the log.
+
+    Args:
+        student: freshly built.
+        init: `scratch`, `teacher`, or the path of a run folder or weights file.
+        teacher: rebuilt, where there is one.
+        root: paths may be relative to it.
+
+    Raises:
+        GkdError: no such path, or nothing in it fits.
+    """
+    if init == "scratch":
+        return "from scratch"
+    if init == "teacher":
+        if teacher is None:
+            raise usage_error(
+                "a teacher cannot start from a teacher", "train.init = teacher", "name a file or a run"
+            )
+        found, source = init_student(student, teacher), "the teacher"
+    else:
+        path = next((path for path in (Path(init), root / init) if path.exists()), None)
+        if path is None:
+            raise usage_error(
+                f"there is nothing to start from at `{init}`", "--init", "scratch, teacher, or a path"
+            )
+        weights = Run(path).weights if path.is_dir() else path
+        tensors = load_tensors(weights)
+        prefix = "network." if any(name.startswith("network.") for name in tensors) else ""
+        found, source = fit(student, tensors, prefix), str(weights)
+        _require_backbone(found, source)
+    fresh = len(found.missing) + len(found.wrong_shape)
+    rest = f", {fresh} left fresh: {_first_names(found)}" if fresh else ""
+    return f"{len(found.loaded)} tensors from {source}{rest}"
+
+
+def _require_backbone(found: Fit, source: str) -> None:
+    """A head may stay fresh (another number of classes); a backbone that does not fit is a mistake."""
+    odd = [name for name in found.missing if name.startswith("backbone.")]
+    shapes = [entry for entry in found.wrong_shape if entry[0].startswith("backbone.")]
+    if odd or shapes:
+        require_fit(Fit(found.loaded, odd, [], shapes), source, "network")
+
+
+def _first_names(found: Fit) -> str:
+    names = [*found.missing, *(entry[0] for entry in found.wrong_shape)]
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
+def test_dataset(store: Store, run: Run, videos: list[int]) -> ClipDataset:
+    """Test views of some videos, cut as the run's network was trained."""
+    settings = run.settings
+    return ClipDataset(store, videos, settings.clips, settings.recipe, seed=None)
+
+
+test_dataset.__test__ = False  # type: ignore[attr-defined]
+
+
+def chosen_device(settings: Settings) -> torch.device:
+    """`train.device`, where auto means CUDA if there is one.
+
+    Raises:
+        GkdError: CUDA was asked for and there is none.
+    """
+    name = settings.train.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    elif name == "cuda" and not torch.cuda.is_available():
+        raise GkdError(
+            "there is no usable CUDA device",
+            "train.device = cuda",
+            "`gkd --doctor` says why; `--device cpu` works everywhere",
+        )
+    return torch.device(name)

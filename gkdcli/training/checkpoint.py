@@ -1,0 +1,122 @@
+"""Checkpoints: one safetensors file with weights, optimisers and position, renamed into place."""
+
+from __future__ import annotations
+
+import errno
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+
+from gkdcli.errors import GkdError
+from gkdcli.files import write_text
+from gkdcli.models.weights import fit, load_metadata, load_tensors, require_fit, save_tensors
+from gkdcli.runs import Run
+from gkdcli.training import optim
+
+
+@dataclass
+class Position:
+    """Where a run stands: everything to go on from that is not a tensor."""
+
+    epoch: int = 1
+    part: int = 0
+    batch: int = 0
+    step: int = 0
+    seconds: float = 0.0
+    best: float | None = None
+    best_epoch: int = 0
+    sums: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class State:
+    """All that changes while a run goes on."""
+
+    network: nn.Module
+    generators: nn.ModuleDict | None
+    optimizer: torch.optim.Optimizer
+    generator_optimizer: torch.optim.Optimizer | None
+    position: Position
+
+    def weights(self) -> dict[str, Tensor]:
+        """`network.*` and, where there are generators, `generator.*`."""
+        tensors = {f"network.{name}": value for name, value in self.network.state_dict().items()}
+        if self.generators is not None:
+            tensors |= {f"generator.{name}": value for name, value in self.generators.state_dict().items()}
+        return tensors
+
+
+def save(state: State, run: Run, resume_command: str) -> None:
+    """Writes `last.safetensors`; the one before it stays whole if that fails.
+
+    Raises:
+        GkdError: the disk is full or cannot be written to.
+    """
+    tensors = state.weights() | optim.optimizer_tensors(state.optimizer, "optim.network.")
+    if state.generator_optimizer is not None:
+        tensors |= optim.optimizer_tensors(state.generator_optimizer, "optim.generator.")
+    _write(run.last, tensors, {"position": json.dumps(asdict(state.position))}, resume_command)
+
+
+def save_best(state: State, run: Run, resume_command: str) -> None:
+    """Writes `best.safetensors`: weights only.
+
+    Raises:
+        GkdError: the disk is full or cannot be written to.
+    """
+    _write(run.best, state.weights(), {"epoch": str(state.position.epoch)}, resume_command)
+
+
+def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], resume_command: str) -> None:
+    try:
+        save_tensors(path, tensors, metadata)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
+        raise GkdError(
+            "the disk is full; the checkpoint could not be written" if full else f"cannot write: {error}",
+            f"{path}; the checkpoint before it is whole",
+            f"make room, then `{resume_command}`",
+        ) from None
+
+
+def restore(state: State, run: Run) -> Position:
+    """Loads `last.safetensors` into networks and optimisers; drops the metrics that came after it.
+
+    Returns:
+        Where the run stood; the beginning where it was killed before its first checkpoint.
+
+    Raises:
+        GkdError: the checkpoint is damaged or of another network.
+    """
+    if not run.last.is_file():
+        run.metrics.unlink(missing_ok=True)
+        return Position()
+    tensors = load_tensors(run.last)
+    position = Position(**json.loads(load_metadata(run.last)["position"]))
+    for module, prefix in ((state.network, "network."), (state.generators, "generator.")):
+        if module is not None:
+            require_fit(fit(module, tensors, prefix), str(run.last), "network of this run")
+    optim.restore_optimizer(state.optimizer, tensors, "optim.network.")
+    if state.generator_optimizer is not None:
+        optim.restore_optimizer(state.generator_optimizer, tensors, "optim.generator.")
+    _truncate_metrics(run, position)
+    return position
+
+
+def _truncate_metrics(run: Run, position: Position) -> None:
+    """Keeps the lines up to the checkpoint: what came after it will come again."""
+    if not run.metrics.is_file():
+        return
+    kept = []
+    for line in run.metrics.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+        except ValueError:  # cut by a kill
+            break
+        if entry.get("step", 0) <= position.step and ("mean" not in entry or entry["epoch"] < position.epoch):
+            kept.append(line)
+    write_text(run.metrics, "".join(f"{line}\n" for line in kept))

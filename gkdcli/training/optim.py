@@ -1,0 +1,66 @@
+"""Optimisers and learning rates of both stages (METHOD.md 4)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from gkdcli.settings import OptimSettings
+
+
+def network_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
+    """SGD with momentum or Adam, with coupled weight decay."""
+    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    if settings.algorithm == "sgd":
+        return torch.optim.SGD(
+            wanted, lr=settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
+        )
+    return torch.optim.Adam(wanted, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+
+
+def generator_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
+    """Adam of the CVAE, without weight decay."""
+    first, second = settings.generator_betas
+    return torch.optim.Adam(list(parameters), lr=settings.generator_lr, betas=(first, second))
+
+
+def rate_factor(settings: OptimSettings, epochs_done: float) -> float:
+    """What the learning rates are multiplied with, from the fractional number of epochs done.
+
+    Linear warm-up over `warmup_epochs`, then constant, or half a cosine down to 0 at the last epoch.
+    """
+    if epochs_done < settings.warmup_epochs:
+        return (epochs_done + 1e-3) / settings.warmup_epochs
+    if settings.schedule == "constant":
+        return 1.0
+    span = max(settings.epochs - settings.warmup_epochs, 1e-9)
+    return 0.5 * (1 + math.cos(math.pi * min((epochs_done - settings.warmup_epochs) / span, 1.0)))
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Sets the learning rate of all groups."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
+    """The optimiser's state as named tensors, for safetensors: `<prefix><parameter number>.<name>`."""
+    return {
+        f"{prefix}{number}.{name}": value if isinstance(value, Tensor) else torch.tensor(value)
+        for number, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+        if value is not None
+    }
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str) -> None:
+    """The reverse of `optimizer_tensors`."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(prefix):
+            number, _, name = key.removeprefix(prefix).partition(".")
+            state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
