@@ -37,23 +37,23 @@ class Console:
 
     def note(self, text: str) -> None:
         """One line of information."""
-        if not self.quiet and _first_rank():
+        if not self.quiet and first_rank():
             self._line(text)
 
     def detail(self, text: str) -> None:
         """One line that only `-v` asks for."""
-        if self.verbose and _first_rank():
+        if self.verbose and first_rank():
             self._line(text)
 
     def warn(self, what: str, where: str = "", hint: str = "") -> None:
         """Something the user should know although the command goes on."""
         self.warnings.append(what)
-        if _first_rank():
+        if first_rank():
             self._line(message("warning", what, where, hint))
 
     def error(self, error: GkdError) -> None:
         """The reason why the command ends."""
-        if _first_rank():
+        if first_rank():
             self._line(message("error", error.what, error.where, error.hint))
 
     @contextmanager
@@ -62,7 +62,7 @@ class Console:
         style = self.progress_style
         if style == "auto":
             style = "bar" if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else "plain"
-        if self.quiet or style == "off" or not _first_rank():
+        if self.quiet or style == "off" or not first_rank():
             yield lambda done, text="": None
         elif style == "bar":
             yield from _bar(title, total)
@@ -120,6 +120,6 @@ def message(kind: str, what: str, where: str = "", hint: str = "") -> str:
     return "\n".join(lines)
 
 
-def _first_rank() -> bool:
-    """In a multi-process run only rank 0 speaks."""
+def first_rank() -> bool:
+    """Whether this process speaks: in a multi-process run only rank 0 does."""
     return os.environ.get("RANK", "0") == "0"

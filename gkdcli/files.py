@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import socket
 import sys
@@ -22,12 +23,16 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; on success it is fsynced and renamed to `path`.
 
     A failure leaves nothing behind. Names look like `.NAME.PID.tmp`, so that a later run can sweep
-    what a kill -9 left (see `sweep_temporaries`).
+    what a kill -9 left (see `sweep_temporaries`). The file gets the permissions that the umask asks for,
+    whatever the library that writes it does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o777
         yield temporary
+        temporary.chmod(mode)
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
@@ -57,7 +62,8 @@ def write_json(path: Path, document: object) -> None:
 
 def sweep_temporaries(folder: Path) -> int:
     """Removes temporary files below `folder` that a killed run left; returns how many."""
-    stale = list(folder.rglob(".*.tmp")) if folder.is_dir() else []
+    found = folder.rglob(".*.tmp") if folder.is_dir() else ()
+    stale = [path for path in found if re.fullmatch(r"\..+\.\d+\.tmp", path.name)]
     for path in stale:
         path.unlink(missing_ok=True)
     return len(stale)
@@ -73,14 +79,12 @@ def locked(path: Path, purpose: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _take(handle):
             raise GkdError(
                 f"another command is using {purpose}",
                 f"{path}, held by {_holder(path)}",
                 "wait for it, or stop it, and run the same command again",
-            ) from None
+            )
         holder = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -94,11 +98,23 @@ def locked(path: Path, purpose: str) -> Iterator[None]:
         os.close(handle)
 
 
+def _take(handle: int) -> bool:
+    """Locks the file; `is_locked` of another process may hold it for a moment."""
+    for _ in range(5):
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.02)
+        else:
+            return True
+    return False
+
+
 def is_locked(path: Path) -> bool:
     """Whether some live process holds the lock file `path`."""
     try:
         handle = os.open(path, os.O_RDWR)
-    except FileNotFoundError:
+    except OSError:  # none was ever made, or nothing here can be written to
         return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

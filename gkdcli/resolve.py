@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,14 +20,14 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from gkdcli.errors import GkdError, usage_error
-from gkdcli.settings import MODALITIES, SECTIONS, STAGES, Settings
+from gkdcli.settings import MODALITIES, NAME, SECTIONS, STAGES, Settings
 
 PREFIX = "GKD_"
 
 
 @dataclass(frozen=True)
 class Resolved:
-    """Settings, and for every dotted key where its value came from."""
+    """Settings, for every dotted key where its value came from, and the preset as it was read."""
 
     settings: Settings
     origin: dict[str, str]
@@ -63,28 +64,22 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in preset_folder().glob("*.toml"))
 
 
-def find_page(preset: str, root: Path) -> tuple[Path, str]:
-    """The TOML file behind a preset's name, a path, or the name of an existing store; and its run name.
-
-    Raises:
-        GkdError: nothing of that name (exit code 2); the nearest name is in the hint.
-    """
+def _find_page(preset: str, root: Path, command: str) -> tuple[Path, str]:
+    """The TOML file behind a preset's name, a path, or the name of an existing store; and its run name."""
+    where = f"argument PRESET of `gkd {command}`"
     if preset.endswith(".toml") or "/" in preset:
-        path = Path(preset)
-        if not path.is_file():
-            raise usage_error(f"there is no preset file `{preset}`", "argument PRESET", _known(preset, root))
-        return path, path.stem
-    packed = preset_folder() / f"{preset}.toml"
-    if packed.is_file():
-        return packed, preset
-    own = root / "stores" / preset / "preset.toml"
-    if re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", preset) and own.is_file():
-        return own, preset
-    raise usage_error(f"no preset is called `{preset}`", "argument PRESET", _known(preset, root))
+        if not os.path.isfile(preset):
+            raise usage_error(f"there is no preset file `{preset}`", where, _known(preset, root))
+        return Path(preset), Path(preset).stem
+    packed, own = preset_folder() / f"{preset}.toml", root / "stores" / preset / "preset.toml"
+    for path in (packed, own):
+        if re.fullmatch(NAME, preset) and os.path.isfile(path):
+            return path, preset
+    raise usage_error(f"no preset is called `{preset}`", where, _known(preset, root))
 
 
 def _known(preset: str, root: Path) -> str:
-    names = preset_names() + sorted(path.parent.name for path in root.glob("stores/*/preset.toml"))
+    names = sorted({*preset_names(), *(path.parent.name for path in root.glob("stores/*/preset.toml"))})
     near = difflib.get_close_matches(preset, names, n=1)
     guess = f"did you mean `{near[0]}`? " if near else ""
     return f"{guess}Known: {', '.join(names)}; a path such as `./mine.toml` works too"
@@ -116,7 +111,7 @@ def resolve(
     Raises:
         GkdError: an unknown name or a value out of range, with its origin (exit code 2).
     """
-    path, name = find_page(preset, root)
+    path, name = _find_page(preset, root, STAGES[stage])
     page = read_page(path)
     given: dict[str, _Given] = {
         "name": _Given(name, f"preset {name}", str(path)),
@@ -124,16 +119,21 @@ def resolve(
     }
     given |= _flatten(page, stage, modality, f"preset {name}", path)
     if config is not None:
-        if not config.is_file():
-            raise usage_error(f"there is no config file `{config}`", "--config")
+        if not os.path.isfile(config):
+            raise usage_error(
+                f"there is no config file `{config}`",
+                f"--config {config}",
+                f"`gkd {STAGES[stage]} {preset} --show-config` prints a page to start from",
+            )
         given |= _flatten(read_page(config), stage, modality, f"--config {config}", config)
     given |= _from_environment(environment or {})
     for text in sets:
         key, separator, value = text.partition("=")
+        key, where = key.strip(), f"--set {text}"
         if not separator:
-            raise usage_error(f"`{text}` sets nothing", "--set", "write --set section.key=value")
-        _require_known(key.strip(), f"--set {text}", given)
-        given[key.strip()] = _Given(_value(value.strip()), "--set", f"--set {text}")
+            raise usage_error(f"`{text}` sets nothing", where, "write `--set section.key=value`")
+        _require_known(key, where, given, f"`gkd {STAGES[stage]} {preset} --show-config` lists all")
+        given[key] = _Given(_value(value.strip()), "--set", where)
     for key, (flag, value) in (flags or {}).items():
         given[key] = _Given(value, flag, f"{flag} {value}")
     settings = _validate(given)
@@ -145,10 +145,12 @@ def read_page(path: Path) -> dict[str, Any]:
     """Parses a TOML page.
 
     Raises:
-        GkdError: not UTF-8 or not TOML, with the parser's line (exit code 2).
+        GkdError: not readable, not UTF-8 or not TOML, with the parser's line (exit code 2).
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise usage_error(f"this page cannot be read: {error.strerror}", str(path)) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise usage_error(f"this page is not valid TOML: {error}", str(path)) from None
 
@@ -158,23 +160,51 @@ def _flatten(
 ) -> dict[str, _Given]:
     """The values of a page that apply to (stage, modality), after checking every name in it."""
     layers: dict[int, dict[str, _Given]] = {0: {}, 1: {}, 2: {}, 3: {}}
+    _check_tables(page, path)
     for names, value in _leaves(page):
-        where = f"{path}, {_line_of(path, names)}key `{'.'.join(names)}`"
-        overlay, key = list(names), ""
+        overlay = list(names)
         on_stage = on_modality = None
-        # `distill` and `export` are stages as well as sections: the table below decides which is meant
+        # `distill` and `export` are stages as well as sections: the number of names tells which is meant
         if len(overlay) > 2 and overlay[0] in STAGES:
             on_stage = overlay.pop(0)
         if len(overlay) > 2 and overlay[0] in MODALITIES:
             on_modality = overlay.pop(0)
-        key = ".".join(overlay)
-        _require_known(key, where, {})
+        key, where = ".".join(overlay), f"{path}, {_line_of(path, names)}key `{'.'.join(names)}`"
+        _require_known(key, where, {}, "`gkd distill demo --show-config` lists all")
         if on_stage not in (None, stage) or on_modality not in (None, modality):
             continue
         depth = 2 * (on_stage is not None) + (on_modality is not None)
         table = ".".join(names[:-1]) if depth else ""
         layers[depth][key] = _Given(value, f"{origin} [{table}]" if table else origin, where)
     return layers[0] | layers[1] | layers[2] | layers[3]
+
+
+def _check_tables(page: Mapping[str, Any], path: Path) -> None:
+    """Every table is a section or an overlay of one, those that hold nothing included."""
+    overlays = [
+        "",
+        *STAGES,
+        *MODALITIES,
+        *(f"{stage}.{modality}" for stage in STAGES for modality in MODALITIES),
+    ]
+    known = {f"{overlay}.{section}".strip(".") for overlay in overlays for section in ("", *SECTIONS)}
+    for names in _tables(page):
+        table = ".".join(names)
+        if table not in known:
+            near = difflib.get_close_matches(table, known, n=1)
+            raise usage_error(
+                f"`[{table}]` is not a table of settings",
+                f"{path}, {_line_of(path, names)}table `[{table}]`",
+                (f"nearest is `[{near[0]}]`; " if near else "")
+                + f"tables are {', '.join(SECTIONS)}, or one of them after a stage or a modality",
+            )
+
+
+def _tables(table: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    for key, value in table.items():
+        if isinstance(value, dict):
+            yield (*prefix, key)
+            yield from _tables(value, (*prefix, key))
 
 
 def _leaves(table: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -186,23 +216,40 @@ def _leaves(table: Mapping[str, Any], prefix: tuple[str, ...] = ()) -> Iterator[
 
 
 def _line_of(path: Path, names: tuple[str, ...]) -> str:
-    pattern = re.compile(rf"^\s*\"?{re.escape(names[-1])}\"?\s*=", re.MULTILINE)
-    text = path.read_text(encoding="utf-8-sig")
-    header = (
-        re.search(rf"^\s*\[{re.escape('.'.join(names[:-1]))}\]", text, re.MULTILINE) if names[:-1] else None
-    )
-    found = pattern.search(text, header.end() if header else 0)
-    return f"line {text.count(chr(10), 0, found.start()) + 1}, " if found else ""
+    """`line 12, ` of a key or a table; "" for what stands in an inline table."""
+
+    def split(dotted: str) -> tuple[str, ...]:
+        return tuple(part.strip(" \t\"'") for part in dotted.split("."))
+
+    table: tuple[str, ...] = ()
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if header := re.match(r"\s*\[([^\[\]]+)\]", line):
+            found = table = split(header[1])
+        elif entry := re.match(r"\s*([^=#]+)=", line):
+            found = (*table, *split(entry[1]))
+        else:
+            continue
+        if found == names:
+            return f"line {number}, "
+    return ""
 
 
 def _from_environment(environment: Mapping[str, str]) -> dict[str, _Given]:
+    keys = {key.upper().replace(".", "__"): key for key in setting_names()}
     given = {}
-    for variable in sorted(environment):
-        if variable.startswith(PREFIX):
-            key = variable.removeprefix(PREFIX).lower().replace("__", ".")
-            _require_known(key, f"environment variable {variable}", {})
-            text = environment[variable]
-            given[key] = _Given(_value(text), variable, f"environment variable {variable}={text}")
+    for variable, text in sorted(environment.items()):
+        if not variable.startswith(PREFIX):
+            continue
+        name = variable.removeprefix(PREFIX)
+        if name not in keys:
+            near = difflib.get_close_matches(name, keys, n=1)
+            raise usage_error(
+                f"`{variable}` stands for no setting",
+                f"environment variable {variable}={text}",
+                (f"nearest is `{PREFIX}{near[0]}`; " if near else "") + "unset it, or write GKD_SECTION__KEY",
+            )
+        key = keys[name]
+        given[key] = _Given(_value(text), variable, f"environment variable {variable}={text}")
     return given
 
 
@@ -214,62 +261,67 @@ def _value(text: str) -> Any:
         return text
 
 
-def _require_known(key: str, where: str, given: Mapping[str, _Given]) -> None:
+def _require_known(key: str, where: str, given: Mapping[str, _Given], lists_all: str) -> None:
     names = setting_names()
     if key in names:
         return
+    last = key.rpartition(".")[2]
     near = difflib.get_close_matches(key, names, n=1) or [
-        name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]
+        name for name in names if name.rpartition(".")[2] == last
     ]
-    hint = "`gkd distill PRESET --show-config` lists all settings"
-    if near:
-        now = given.get(near[0])
-        value = f", now {now.value} from {now.origin}" if now else ""
-        hint = f"nearest is `{near[0]}`{value}; {hint}"
-    raise usage_error(f"`{key}` is not a setting", where, hint)
+    now = given.get(near[0]) if near else None
+    value = f", now {now.value} from {now.origin}" if now else ""
+    nearest = f"nearest is `{near[0]}`{value}; " if near else ""
+    raise usage_error(f"`{key}` is not a setting", where, nearest + lists_all)
 
 
 def _validate(given: Mapping[str, _Given]) -> Settings:
     nested: dict[str, Any] = {}
     for key, item in given.items():
         section, dot, name = key.rpartition(".")
+        if isinstance(item.value, bool) and _field(key).annotation is not bool:
+            raise usage_error(
+                f"`{key}` is {toml_value(item.value)}, but it takes no truth value",
+                item.where,
+                _describe(key),
+            )
         (nested.setdefault(section, {}) if dot else nested)[name] = item.value
     try:
         return Settings.model_validate(nested)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
-        parts = [str(part) for part in first["loc"]]
-        key = ".".join(parts[:2] if parts and parts[0] in SECTIONS else parts[:1])
-        item = given.get(key)
-        message = re.sub(r"^(Value error, |Input )", "", first["msg"])
-        what = (
-            f"`{key}` is {item.value!r}, but it {message}"
-            if item and "Value error" not in first["msg"]
-            else message
-        )
-        raise usage_error(what, item.where if item else _where_of(what, given), _describe(key)) from None
+    parts = [str(part) for part in first["loc"]]
+    if first["type"] == "value_error":  # a rule over several settings, raised with what and hint
+        what, *hint = first["ctx"]["error"].args
+        raise usage_error(what, _where_of(what, given), " ".join(hint))
+    key = ".".join(parts[:2] if parts[0] in SECTIONS else parts[:1])
+    item = given[key]
+    message = re.sub(r"^(Input|String|List|Tuple) ", "", first["msg"])
+    raise usage_error(f"`{key}` is {item.value!r}, but it {message}", item.where, _describe(key))
 
 
 def _where_of(message: str, given: Mapping[str, _Given]) -> str:
     """A rule over several settings names its keys; the first named one that was given is the place."""
-    return next(
-        (item.where for key, item in given.items() if re.search(rf"\b{re.escape(key)}\b", message)), ""
-    )
+    named = [key for key in setting_names() if re.search(rf"\b{re.escape(key)}\b", message)]
+    return next((given[key].where for key in named if key in given), f"default of {', '.join(named)}")
+
+
+def _field(key: str) -> Any:
+    section, dot, name = key.rpartition(".")
+    model: Any = Settings.model_fields[section].annotation if dot else Settings
+    return model.model_fields[name]
 
 
 def _describe(key: str) -> str:
-    section, dot, name = key.rpartition(".")
-    model: Any = Settings.model_fields[section].annotation if dot and section in SECTIONS else Settings
-    field = model.model_fields.get(name)
-    if field is None or field.annotation is None or not field.description:
-        return ""
-    unit = (field.json_schema_extra or {}).get("unit", "")
-    return f"{key}: {field.description}{f' ({unit})' if unit else ''}; default {field.default!r}"
+    field = _field(key)
+    unit = field.json_schema_extra["unit"]
+    return f"{key}: {field.description}{f' ({unit})' if unit else ''}; default {toml_value(field.default)}"
 
 
 def toml_value(value: Any) -> str:
-    """One value as TOML (JSON's strings, numbers, booleans and arrays are TOML's)."""
-    return json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+    """One value as TOML (JSON's strings, numbers, booleans and arrays are TOML's, but for one character)."""
+    text = json.dumps(list(value) if isinstance(value, tuple) else value, ensure_ascii=False)
+    return text.replace("\x7f", "\\u007f")
 
 
 def to_toml(settings: Settings, origin: Mapping[str, str] | None = None) -> str:
@@ -308,12 +360,22 @@ def load_settings(path: Path) -> Settings:
     """Reads back the `settings.toml` of a run.
 
     Raises:
-        GkdError: the file is missing, or holds what this version does not know.
+        GkdError: the file is missing or damaged, or holds what this version does not know.
     """
     if not path.is_file():
-        raise GkdError("this run has no settings.toml", str(path.parent), "name another with --run")
-    given = {
-        ".".join(names): _Given(value, str(path), f"{path}, key {'.'.join(names)}")
-        for names, value in _leaves(read_page(path))
-    }
-    return _validate(given)
+        raise GkdError("this run has no settings.toml", str(path.parent), "name another run")
+    try:
+        leaves = dict(_leaves(read_page(path)))
+        given = {
+            ".".join(names): _Given(
+                value, str(path), f"{path}, {_line_of(path, names)}key `{'.'.join(names)}`"
+            )
+            for names, value in leaves.items()
+        }
+        for key, item in given.items():
+            _require_known(key, item.where, {}, "it was written by another version of gkd")
+        return _validate(given)
+    except GkdError as error:
+        raise GkdError(
+            f"the settings of this run cannot be used: {error.what}", error.where, error.hint
+        ) from None

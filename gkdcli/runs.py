@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -15,11 +16,13 @@ from typing import Any
 from gkdcli.errors import GkdError, usage_error
 from gkdcli.files import is_locked, locked, write_json, write_text
 from gkdcli.resolve import load_settings, to_toml
-from gkdcli.settings import Settings
+from gkdcli.settings import STAGES, Settings
 
-STAGE_FOLDER = {"pretrain": "pretrain-attention", "distill": "distill"}
+STAGE_FOLDER = {stage: STAGES[stage] for stage in ("pretrain", "distill")}
+SCHEMA = 1
 # what may differ between a run and its continuation (DESIGN: epochs, device, workers, progress)
 RESUMABLE = {"optim.epochs", "train.device", "train.workers", "train.checkpoint_minutes", "data.workers"}
+_RECORD = {"schema", "state", "stage", "modality", "split", "recipe", "method", "classes"}
 
 
 def version() -> str:
@@ -41,6 +44,7 @@ class Place:
         split: number of the split, from 1.
         explicit: dotted names of the settings that were given by hand, not by preset or default.
         page: the preset as it was read, with its overlays.
+        preset: what the user named it by; the preset's name where it is empty.
     """
 
     root: Path
@@ -49,6 +53,7 @@ class Place:
     split: int = 1
     explicit: frozenset[str] = frozenset()
     page: Mapping[str, Any] = field(default_factory=dict)
+    preset: str = ""
 
     @property
     def videos(self) -> Path:
@@ -72,14 +77,14 @@ class Place:
 
     def command(self, verb: str, *extra: str) -> str:
         """`gkd <verb> <preset> ...` with the flags that lead back to this place."""
-        words = ["gkd", verb, self.settings.name]
+        words = ["gkd", verb, self.preset or self.settings.name]
         if self.modality != "rgb":
             words += ["--modality", self.modality]
         if self.split != 1:
             words += ["--split", str(self.split)]
         if self.root != Path("."):
             words += ["--root", str(self.root)]
-        return " ".join([*words, *extra])
+        return shlex.join([*words, *extra])
 
     def runs(self, stage: str) -> Path:
         """The folder that holds all runs of a stage."""
@@ -87,17 +92,25 @@ class Place:
 
 
 class Run:
-    """One run folder; `record` is its run.json."""
+    """One run folder; `record` is its run.json, empty where that is missing or cannot be used."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.record: dict[str, Any] = {}
-        path = folder / "run.json"
-        if path.is_file():
-            try:
-                self.record = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise GkdError(f"run.json is damaged: {error}", str(path), "name another run") from None
+        self.damage = "there is no run.json"
+        try:
+            record = json.loads((folder / "run.json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError) as error:
+            self.damage = f"run.json is damaged: {error}"
+            return
+        if not isinstance(record, dict) or not record.keys() >= _RECORD:
+            self.damage = "run.json is damaged: it lacks entries that every run has"
+        elif record["schema"] != SCHEMA:
+            self.damage = f"run.json has schema {record['schema']}, this version of gkd reads {SCHEMA}"
+        else:
+            self.record, self.damage = record, ""
 
     @property
     def last(self) -> Path:
@@ -121,8 +134,10 @@ class Run:
 
     @property
     def state(self) -> str:
-        """`complete`, `cut` (by --max-steps), `running`, `interrupted` or `failed`."""
-        state = str(self.record.get("state", "interrupted"))
+        """`complete`, `cut` (by --max-steps), `running`, `interrupted`, `failed` or `damaged`."""
+        if self.damage:
+            return "damaged"
+        state = str(self.record["state"])
         return "interrupted" if state == "running" and not is_locked(self.folder / ".lock") else state
 
     @property
@@ -133,6 +148,7 @@ class Run:
     def update(self, **fields: Any) -> None:
         """Changes fields of run.json, atomically."""
         self.record |= fields
+        self.damage = ""
         write_json(self.folder / "run.json", self.record)
 
     def log(self, text: str) -> None:
@@ -161,7 +177,7 @@ def create_run(place: Place, stage: str, record: Mapping[str, Any]) -> Run:
     write_text(folder / "settings.toml", to_toml(place.settings))
     run = Run(folder)
     run.update(
-        schema=1,
+        schema=SCHEMA,
         version=version(),
         state="running",
         stage=stage,
@@ -183,54 +199,78 @@ def all_runs(place: Place, stage: str) -> list[Run]:
     return [Run(path.parent) for path in sorted(folder.glob("*/run.json"))]
 
 
-def newest_complete(place: Place, stage: str, classes: list[str] | None, method: str | None = None) -> Run:
+def newest_complete(
+    place: Place, stage: str, classes: list[str] | None, method: str | None = None, flag: str = "--run"
+) -> Run:
     """The newest complete run with the same split, classes and recipe (and method, where given).
+
+    Args:
+        place: where.
+        stage: `pretrain` or `distill`.
+        classes: of the store.
+        method: `distill.method` of the run; None takes either.
+        flag: the flag by which the user may name one instead.
 
     Raises:
         GkdError: there is none; the message says what there is and how to go on.
     """
     runs = all_runs(place, stage)
     for run in reversed(runs):
-        record = run.record
-        if (
-            run.state == "complete"
-            and record["split"] == place.split
-            and record["recipe"] == place.settings.recipe
-            and classes in (None, record["classes"])
-            and method in (None, record["method"])
-        ):
+        if run.state == "complete" and not _misfit(run, place, classes, method):
             return run
-    command = STAGE_FOLDER[stage]
     noun = "attention run" if stage == "pretrain" else "student"
+    why = "nothing to distill from: " if flag == "--teacher" else ""
+    wanted = f"{place.settings.name}, {place.modality}, split {place.split}, recipe {place.settings.recipe}"
     raise GkdError(
-        f"no complete {noun} for {place.settings.name}, {place.modality}, split {place.split},"
-        f" recipe {place.settings.recipe}",
-        f"{_relative(place.runs(stage), place.root)}/ holds {_describe(runs)}",
-        _next_command(command, place, runs)
-        + (
-            ", or name a teacher with `--teacher PATH`"
-            if stage == "pretrain"
-            else ", or name a run with `--run PATH`"
-        ),
+        f"{why}no complete {noun} for {wanted}",
+        f"{_under(place, stage)} {_holdings(runs, place, classes, method)}",
+        f"{_next_command(place, stage, runs)}, or name a run with `{flag} PATH`",
     )
 
 
-def _describe(runs: list[Run]) -> str:
+def _misfit(run: Run, place: Place, classes: list[str] | None, method: str | None) -> str:
+    """Why a run is none of those looked for; "" if it is."""
+    record = run.record
+    if record["split"] != place.split:
+        return f"of split {record['split']}"
+    if record["recipe"] != place.settings.recipe:
+        return f"of recipe {record['recipe']}"
+    if classes not in (None, record["classes"]):
+        return "of other classes than the store's"
+    if method not in (None, record["method"]):
+        return f"of method {record['method']}"
+    return ""
+
+
+def _holdings(
+    runs: list[Run], place: Place, classes: list[str] | None = None, method: str | None = None
+) -> str:
+    """`holds 2 runs; the newest, 20260925-141207, is interrupted at epoch 7 of 16`."""
     if not runs:
-        return "no run"
+        return "holds no run"
     newest = runs[-1]
     reached = newest.record.get("progress", {})
     at = (
-        f", {newest.state} at epoch {reached.get('epoch')} of {reached.get('epochs')}"
-        if reached
-        else f", {newest.state}"
+        f" at epoch {reached['epoch']} of {reached['epochs']}"
+        if reached and newest.state != "complete"
+        else ""
     )
-    return f"{len(runs)} run{'s' if len(runs) > 1 else ''}; the newest, {newest.folder.name}{at}"
+    odd = "" if newest.damage else _misfit(newest, place, classes, method)
+    which = (
+        f"1 run, {newest.folder.name}, which"
+        if len(runs) == 1
+        else f"{len(runs)} runs; the newest, {newest.folder.name},"
+    )
+    return f"holds {which} is {newest.state}{at}{f' and {odd}' if odd else ''}"
 
 
-def _next_command(command: str, place: Place, runs: list[Run]) -> str:
-    unfinished = any(run.state in ("interrupted", "failed", "cut") for run in runs)
-    return f"`{place.command(command, *(['--resume'] if unfinished else []))}`"
+def _next_command(place: Place, stage: str, runs: list[Run]) -> str:
+    unfinished = any(_resumable(run, place) for run in runs)
+    return f"`{place.command(STAGE_FOLDER[stage], *(['--resume'] if unfinished else []))}`"
+
+
+def _resumable(run: Run, place: Place) -> bool:
+    return run.state in ("interrupted", "failed", "cut", "running") and run.record["split"] == place.split
 
 
 def newest_unfinished(place: Place, stage: str) -> Run:
@@ -241,15 +281,12 @@ def newest_unfinished(place: Place, stage: str) -> Run:
     """
     runs = all_runs(place, stage)
     for run in reversed(runs):
-        if (
-            run.state in ("interrupted", "failed", "cut", "running")
-            and run.record.get("split") == place.split
-        ):
+        if _resumable(run, place):
             return run
     raise GkdError(
         "there is no unfinished run to resume",
-        f"{_relative(place.runs(stage), place.root)}/ holds {_describe(runs)}",
-        "start a new run without --resume; more epochs: `--resume` needs a run that was stopped",
+        f"{_under(place, stage)} {_holdings(runs, place)}",
+        f"`{place.command(STAGE_FOLDER[stage])}` starts a new one",
     )
 
 
@@ -257,13 +294,16 @@ def open_run(path: Path) -> Run:
     """A run named by the user.
 
     Raises:
-        GkdError: no run folder there (exit code 2).
+        GkdError: no run folder there (exit code 2), or a damaged one.
     """
-    if not (path / "run.json").is_file():
+    if not os.path.isfile(path / "run.json"):
         raise usage_error(
             f"`{path}` is not a run folder", "no run.json in it", "run folders lie under runs/<preset>/"
         )
-    return Run(path)
+    run = Run(path)
+    if run.damage:
+        raise GkdError(run.damage, str(path / "run.json"), "name another run")
+    return run
 
 
 def resumed_settings(run: Run, place: Place) -> Settings:
@@ -305,5 +345,7 @@ def relative_to_run(run_folder: Path, target: Path) -> str:
     return os.path.relpath(target, run_folder)
 
 
-def _relative(path: Path, root: Path) -> str:
-    return str(path.relative_to(root)) if path.is_relative_to(root) else str(path)
+def _under(place: Place, stage: str) -> str:
+    """`runs/demo/distill-rgb/`, and the root where it is not the current folder."""
+    folder = f"{place.runs(stage).relative_to(place.root)}/"
+    return folder if place.root == Path(".") else f"{folder} under {place.root}"

@@ -1,10 +1,12 @@
-"""Every setting, declared once: name, default, unit, range and reason. `gkdcli.resolve` merges their sources."""
+"""Every setting, declared once: name, default, unit, range and reason. `gkdcli.resolve` merges sources."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # becomes a folder's name
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -14,7 +16,7 @@ def _setting(default: Any, description: str, unit: str = "", **constraints: Any)
 
 
 class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
 class DataSettings(_Section):
@@ -63,7 +65,9 @@ class DataSettings(_Section):
     @model_validator(mode="after")
     def _size_is_a_pair(self) -> DataSettings:
         if len(self.size) == 1:
-            raise ValueError("size takes two numbers, width and height, or none")
+            raise ValueError(
+                "data.size takes two numbers, width and height, or none", "for example [112, 112]"
+            )
         return self
 
 
@@ -194,10 +198,8 @@ class ExportSettings(_Section):
 class Settings(_Section):
     """A resolved page: what one command works with."""
 
-    name: str = _setting("", "name of the preset; runs are filed under it")
-    dataset: str = _setting(
-        "", "name of the data set; stores are filed under it", pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$"
-    )
+    name: str = _setting("unnamed", "name of the preset; runs are filed under it", pattern=NAME)
+    dataset: str = _setting("unnamed", "name of the data set; stores are filed under it", pattern=NAME)
     task: Literal["recognition", "detection"] = _setting("recognition", "what the networks are for")
     recipe: Literal["official", "corrected"] = _setting(
         "corrected", "the published code to the last quirk, or the method as its text means it (METHOD.md 8)"
@@ -215,17 +217,26 @@ class Settings(_Section):
     def _fits_the_task(self) -> Settings:
         if self.task == "detection" and self.clips.length % 128:
             raise ValueError(
-                f"clips.length is {self.clips.length} frames; the detector needs a multiple of 128"
+                f"clips.length is {self.clips.length} frames; the detector needs a multiple of 128",
+                f"use {max(round(self.clips.length / 128), 1) * 128}",
             )
         if self.task == "detection" and self.recipe == "official" and self.optim.batch_size != 1:
             raise ValueError(
-                f"optim.batch_size is {self.optim.batch_size}; recipe official sums over the batch in detection"
-                " and needs 1 (optim.accumulation makes larger steps)"
+                f"optim.batch_size is {self.optim.batch_size}; recipe official sums over the batch"
+                " in detection and needs 1",
+                "optim.accumulation makes larger steps",
             )
         return self
 
 
-STAGES = ("prepare", "pretrain", "distill", "evaluate", "export")
+# a stage, as overlays and run folders know it -> its command
+STAGES = {
+    "prepare": "prepare",
+    "pretrain": "pretrain-attention",
+    "distill": "distill",
+    "evaluate": "evaluate",
+    "export": "export",
+}
 CHANNELS = {"rgb": 3, "flow": 2}
 MODALITIES = tuple(CHANNELS)
 SECTIONS = tuple(

@@ -2,62 +2,74 @@
 
 from __future__ import annotations
 
-import json
+import errno
+import itertools
 import os
 import signal
 import sys
-import tempfile
-import time
-import traceback
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from gkdcli.errors import ExitCode, GkdError, usage_error
+from gkdcli.errors import ExitCode, GkdError, Interrupted, usage_error
 
 
 def main() -> None:
     """Entry point of `gkd` and of `python -m gkdcli`."""
+    signal.signal(signal.SIGTERM, _interrupt)
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a name that the terminal cannot show is no reason to fail
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(run(sys.argv[1:]))
 
 
 def run(arguments: list[str]) -> int:
     """Runs one command line and returns its exit code; nothing escapes but the code."""
-    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        error = _attempt(arguments)
+        if isinstance(error, int):
+            return error
+        from gkdcli.console import Console
+
+        Console().error(error)
+        if "--json" in itertools.takewhile(lambda word: word != "--", arguments):
+            emit_json(_named_command(arguments), error=error)
+        return int(error.code)
+    except OSError:  # `gkd ... | head`: the reader has gone, which is its right
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
+        return int(ExitCode.FAILED)
+
+
+def _attempt(arguments: list[str]) -> int | GkdError:
+    """The command's exit code, or what ended it."""
     try:
         return _run(arguments)
-    except BrokenPipeError:  # `gkd ... | head`: the reader has gone, which is its right
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
-        return ExitCode.FAILED
-
-
-def _run(arguments: list[str]) -> int:
-    from gkdcli.cli.commands import app
-    from gkdcli.console import Console
-
-    try:
-        returned = _click_command(app).main(args=arguments, prog_name="gkd", standalone_mode=False)
-        sys.stdout.flush()
-        return int(returned or 0)
-    except GkdError as caught:
-        error = caught
+    except GkdError as error:
+        return error
     except KeyboardInterrupt:
-        error = GkdError("interrupted", hint="run the same command again", code=ExitCode.INTERRUPTED)
+        return Interrupted("interrupted", hint="run the same command again")
     except BrokenPipeError:
         raise
     except Exception as caught:
-        translated = _usage(caught, arguments)
-        error = translated or _bug(caught)
-    Console().error(error)
-    if "--json" in arguments:
-        emit_json(_named_command(arguments), error=error)
-    return int(error.code)
+        return _usage(caught, arguments) or _refusal(caught) or _bug(caught, arguments)
 
 
-def _click_command(app: Any) -> Any:
+def _run(arguments: list[str]) -> int:
     import typer
 
-    return typer.main.get_command(app)
+    from gkdcli.cli.commands import app
+
+    command = typer.main.get_command(app)
+    if "_GKD_COMPLETE" in os.environ:  # the shell asks what may come next
+        command.main(args=arguments, prog_name="gkd")
+    try:
+        # not command.main(): that one swallows Ctrl-C and broken pipes
+        with command.make_context("gkd", list(arguments)) as context:
+            command.invoke(context)
+        return int(ExitCode.DONE)
+    except typer.Exit as stop:
+        return int(stop.exit_code)
+    finally:
+        sys.stdout.flush()
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -78,7 +90,7 @@ def _usage(caught: Exception, arguments: list[str]) -> GkdError | None:
     name = f"gkd {command}" if command else "gkd"
     near = getattr(caught, "possibilities", None) or _near_command(text)
     hint = f"did you mean `{near[0]}`? " if near else ""
-    what = text.split(" Did you mean")[0].strip().rstrip(".")
+    what = text.split(" Did you mean")[0].replace("Value error, ", "").strip().rstrip(".")
     return usage_error(
         what[:1].lower() + what[1:], f"command line of `{name}`", f"{hint}`{name} --help` lists all flags"
     )
@@ -88,28 +100,49 @@ def _near_command(text: str) -> list[str]:
     import difflib
     import re
 
+    from gkdcli.settings import STAGES
+
     wrong = re.search(r"No such command '([^']*)'", text)
-    return difflib.get_close_matches(wrong.group(1), COMMANDS, n=1) if wrong else []
-
-
-COMMANDS = ("prepare", "pretrain-attention", "distill", "evaluate", "export")
+    return difflib.get_close_matches(wrong.group(1), STAGES.values(), n=1) if wrong else []
 
 
 def _named_command(arguments: list[str]) -> str:
-    return next((word for word in arguments if word in COMMANDS), "")
+    from gkdcli.settings import STAGES
+
+    return next((word for word in arguments if word in STAGES.values()), "")
 
 
-def _bug(caught: Exception) -> GkdError:
+_NO_LEAVE = (errno.EACCES, errno.EPERM, errno.EROFS)
+_NO_PLACE = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EISDIR, errno.ENOTDIR, errno.ENAMETOOLONG)
+
+
+def _refusal(caught: Exception) -> GkdError | None:
+    """What system or installation refuse, wherever it happens: no permission, no space, no such package."""
+    if isinstance(caught, ImportError) and not (caught.name or "gkdcli").startswith("gkdcli"):
+        what = f"this installation is incomplete: {caught}"
+        return GkdError(what, f"package {caught.name}", "`gkd --doctor` lists what is missing")
+    if not isinstance(caught, OSError) or caught.errno not in _NO_LEAVE + _NO_PLACE:
+        return None
+    what = f"the system refuses: {caught.strerror}"
+    where = os.fsdecode(caught.filename) if isinstance(caught.filename, str | bytes) else "standard output"
+    return GkdError(what, where, "check the path, its permissions and the free space")
+
+
+def _bug(caught: Exception, arguments: list[str]) -> GkdError:
+    import tempfile
+    import time
+    import traceback
+    from pathlib import Path
+
     path = Path(tempfile.gettempdir()) / f"gkd-bug-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}.txt"
-    path.write_text(
-        f"gkd {' '.join(sys.argv[1:])}\n{''.join(traceback.format_exception(caught))}", encoding="utf-8"
-    )
-    return GkdError(
-        f"this is a bug in gkd: {type(caught).__name__}: {caught}",
-        f"trace kept in {path}",
-        "please report it with that file",
-        ExitCode.BUG,
-    )
+    kept = f"trace kept in {path}"
+    trace = "".join(traceback.format_exception(caught))
+    try:
+        path.write_text(f"gkd {' '.join(arguments)}\n{trace}", encoding="utf-8", errors="backslashreplace")
+    except OSError as error:
+        kept = f"the trace could not be kept in {path}: {error.strerror}"
+    what = f"this is a bug in gkd: {type(caught).__name__}: {caught}"
+    return GkdError(what, kept, "please report it with that file", ExitCode.BUG)
 
 
 def emit_json(
@@ -119,10 +152,15 @@ def emit_json(
     result: dict[str, Any] | None = None,
     error: GkdError | None = None,
 ) -> None:
-    """The one JSON document on stdout (DESIGN: keys schema, ok, command, version, run, result | error)."""
+    """The one JSON document on stdout (keys schema, ok, command, version, run, result, error)."""
+    import json
+
+    from gkdcli.console import first_rank
     from gkdcli.result import jsonable
     from gkdcli.runs import version
 
+    if not first_rank():
+        return
     document: dict[str, Any] = {
         "schema": 1,
         "ok": error is None,
@@ -139,5 +177,6 @@ def emit_json(
             "hint": error.hint,
             "code": int(error.code),
         }
-    sys.stdout.write(json.dumps(document, ensure_ascii=False, allow_nan=False) + "\n")
+    # ASCII: whatever the locale, and however odd a file's name
+    sys.stdout.write(json.dumps(document, allow_nan=False) + "\n")
     sys.stdout.flush()

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from gkdcli.cli import COMMANDS, emit_json
+from gkdcli.cli import emit_json
 from gkdcli.cli.options import (
     OUTPUT_PANEL,
     RUN_PANEL,
@@ -33,8 +33,10 @@ from gkdcli.cli.options import (
 )
 from gkdcli.console import Console
 from gkdcli.errors import usage_error
+from gkdcli.resolve import preset_names
 from gkdcli.result import Result
 from gkdcli.runs import Place, version
+from gkdcli.settings import STAGES
 
 app = typer.Typer(
     name="gkd",
@@ -46,22 +48,22 @@ app = typer.Typer(
 
 
 def _execute(
-    command: str,
     stage: str,
     shared: Shared,
-    preset: str | None,
+    preset: str,
     flags: dict[str, tuple[str, Any]],
     call: Callable[[Place, Console], Result],
 ) -> None:
     """The three acts of every command: settings, one pipeline call, print."""
     from gkdcli.cli.render import render_config, render_result
 
+    command = STAGES[stage]
     resolved = shared.resolve(preset, stage, flags)
     if shared.show_config:
         render_config(command, resolved, shared.json)
         return
     console = shared.console()
-    result = call(shared.place(resolved), console)
+    result = call(shared.place(resolved, preset), console)
     if shared.json:
         emit_json(command, run=result.run, result=result.payload, error=result.error)
     else:
@@ -73,12 +75,18 @@ def _execute(
     raise typer.Exit(int(result.code))
 
 
-def _one_preset(argument: str | None, option: str | None) -> str | None:
+def _one_preset(command: str, argument: str | None, option: str | None) -> str:
+    where = f"argument PRESET of `gkd {command}`"
     if argument is not None and option is not None and argument != option:
         raise usage_error(
-            f"two presets are named, `{argument}` and `{option}`", "argument PRESET and --preset"
+            f"two presets are named, `{argument}` and `{option}`", f"{where}, and --preset", "name one"
         )
-    return option or argument
+    preset = option if option is not None else argument
+    if not preset:
+        raise usage_error(
+            "no preset is named", where, f"one of {', '.join(preset_names())}, or a path to a .toml"
+        )
+    return preset
 
 
 @app.command("prepare")
@@ -122,7 +130,7 @@ def prepare(
             place, console, videos=videos, annotations=annotations, retry=retry, dry_run=shared.dry_run
         )
 
-    _execute("prepare", "prepare", shared, _one_preset(preset, preset_option), flags, call)
+    _execute("prepare", shared, _one_preset("prepare", preset, preset_option), flags, call)
 
 
 @app.command("pretrain-attention")
@@ -141,10 +149,9 @@ def pretrain_attention(
 ) -> None:
     """Trains the teacher, its attention and its CVAE (phase 1)."""
     _train(
-        "pretrain-attention",
         "pretrain",
         shared,
-        _one_preset(preset, preset_option),
+        _one_preset("pretrain-attention", preset, preset_option),
         init,
         epochs,
         batch_size,
@@ -180,9 +187,8 @@ def distill(
     """Trains the student to reproduce the teacher's generated features and attention (phase 2)."""
     _train(
         "distill",
-        "distill",
         shared,
-        _one_preset(preset, preset_option),
+        _one_preset("distill", preset, preset_option),
         init,
         epochs,
         batch_size,
@@ -195,10 +201,9 @@ def distill(
 
 
 def _train(
-    command: str,
     stage: str,
     shared: Shared,
-    preset: str | None,
+    preset: str,
     init: str | None,
     epochs: int | None,
     batch_size: int | None,
@@ -217,7 +222,7 @@ def _train(
 
         return train(place, console, stage, dry_run=shared.dry_run, **request)
 
-    _execute(command, stage, shared, preset, flags, call)
+    _execute(stage, shared, preset, flags, call)
 
 
 @app.command("evaluate")
@@ -276,7 +281,7 @@ def evaluate(
             dry_run=shared.dry_run,
         )
 
-    _execute("evaluate", "evaluate", shared, _one_preset(preset, preset_option), {}, call)
+    _execute("evaluate", shared, _one_preset("evaluate", preset, preset_option), {}, call)
 
 
 @app.command("export")
@@ -318,7 +323,7 @@ def export(
             formats=[chosen.value for chosen in formats or [Format.safetensors]],
         )
 
-    _execute("export", "export", shared, _one_preset(preset, preset_option), {}, call)
+    _execute("export", shared, _one_preset("export", preset, preset_option), {}, call)
 
 
 @app.callback(invoke_without_command=True)
@@ -328,9 +333,7 @@ def root_options(
     doctor: Annotated[
         bool, typer.Option("--doctor", help="Check versions, devices, decoder, HDF5 and disk, and stop.")
     ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="With --version or --doctor: one JSON document.")
-    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Options of `gkd` itself."""
     from gkdcli.cli.render import render_result
@@ -350,8 +353,12 @@ def root_options(
         else:
             render_result("doctor", result.payload)
         raise typer.Exit(int(result.code))
+    if as_json:  # `gkd --json distill ...` is `gkd distill ... --json`
+        context.default_map = {command: {"json": True} for command in STAGES.values()}
     if context.invoked_subcommand is None:
         if as_json:
-            raise usage_error("no command is named", "command line of `gkd`", f"one of {', '.join(COMMANDS)}")
+            raise usage_error(
+                "no command is named", "command line of `gkd`", f"one of {', '.join(STAGES.values())}"
+            )
         typer.echo(context.get_help())
         raise typer.Exit

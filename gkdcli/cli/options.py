@@ -14,7 +14,6 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from gkdcli.console import Console
-from gkdcli.errors import usage_error
 from gkdcli.resolve import Resolved, preset_names, resolve
 from gkdcli.runs import Place
 
@@ -202,14 +201,8 @@ class Shared:
         """The console these flags ask for."""
         return Console(quiet=self.quiet, verbose=self.verbose, progress_style=self.progress.value)
 
-    def resolve(self, preset: str | None, stage: str, flags: dict[str, tuple[str, Any]]) -> Resolved:
+    def resolve(self, preset: str, stage: str, flags: dict[str, tuple[str, Any]]) -> Resolved:
         """Merges all settings for a stage; flags whose value is None were not given."""
-        if preset is None:
-            raise usage_error(
-                "no preset is named",
-                "argument PRESET",
-                f"one of {', '.join(preset_names())}, or a path to a .toml",
-            )
         flags = flags | {
             "train.seed": ("--seed", self.seed),
             "train.device": ("--device", self.device.value if self.device else None),
@@ -226,15 +219,22 @@ class Shared:
             environment=os.environ,
         )
 
-    def place(self, resolved: Resolved) -> Place:
-        """The paths that follow."""
+    def place(self, resolved: Resolved, preset: str) -> Place:
+        """The paths that follow; `preset` is what the user named the page by."""
         by_hand = {
             key
             for key, origin in resolved.origin.items()
             if origin != "default" and not origin.startswith("preset")
         }
+        renamed = resolved.origin["name"] == "--name"  # one's own data set: named by that from now on
         return Place(
-            self.root, resolved.settings, self.modality.value, self.split, frozenset(by_hand), resolved.page
+            self.root,
+            resolved.settings,
+            self.modality.value,
+            self.split,
+            frozenset(by_hand),
+            resolved.page,
+            "" if renamed else preset,
         )
 
 

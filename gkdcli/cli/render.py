@@ -6,11 +6,14 @@ import sys
 from typing import Any
 
 from gkdcli.cli import emit_json
+from gkdcli.console import first_rank
 from gkdcli.resolve import Resolved, to_toml
 
 
 def render_config(command: str, resolved: Resolved, as_json: bool) -> None:
     """`--show-config`: the resolved page with the origin of each value."""
+    if not first_rank():
+        return
     if as_json:
         emit_json(
             command, result={"settings": resolved.settings.model_dump(mode="json"), "origin": resolved.origin}
@@ -21,6 +24,8 @@ def render_config(command: str, resolved: Resolved, as_json: bool) -> None:
 
 def render_result(command: str, payload: dict[str, Any]) -> None:
     """Prints a payload: scalars as a two-column list, lists of rows as tables."""
+    if not first_rank():
+        return
     scalars = {key: value for key, value in payload.items() if not isinstance(value, (dict, list))}
     tables = {key: value for key, value in payload.items() if _is_rows(value)}
     nested = {key: value for key, value in payload.items() if isinstance(value, dict) and _is_flat(value)}

@@ -327,6 +327,10 @@ def _listed(row: dict[str, str], where: str, videos: Path) -> Source:
     empty = [name for name, value in row.items() if not value]
     if empty:
         raise refuse(f"the cell `{empty[0]}` is empty", _LIST_HINT)
+    try:
+        "".join(row.values()).encode()
+    except UnicodeEncodeError:  # JSON can hold half a character
+        raise refuse("an entry is not valid text", _LIST_HINT) from None
     subset: Any = row.get("subset", "train")
     if subset not in SUBSETS:
         raise refuse(f"`{subset}` is not a subset", "use train or test")

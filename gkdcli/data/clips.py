@@ -6,14 +6,14 @@ Clips stay uint8 until they are on the device; `normalise` is the last step.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from gkdcli.data.store import Store, VideoRow
@@ -24,6 +24,7 @@ from gkdcli.settings import ClipSettings
 _POSITIONS = (
     (0, 0), (0, 4), (4, 0), (4, 4), (2, 2), (2, 0), (2, 4), (4, 2), (0, 2), (1, 1), (1, 3), (3, 1), (3, 3),
 )  # fmt: skip
+_VIEWS = 1  # first word of their seeds; the loader's orders have 2, the noise of training 3
 
 
 @dataclass(frozen=True)
@@ -36,21 +37,6 @@ class View:
     height: int
     width: int
     flip: bool
-
-
-@dataclass
-class ClipBatch:
-    """Clips of one step.
-
-    Args:
-        clips: (B, C, T, H, W), uint8.
-        labels: (B,), int64.
-        videos: their rows in the store.
-    """
-
-    clips: Tensor
-    labels: Tensor
-    videos: list[int]
 
 
 def working_size(height: int, width: int, clips: ClipSettings) -> tuple[int, int]:
@@ -98,6 +84,9 @@ def test_view(frames: int, height: int, width: int, clips: ClipSettings) -> View
 test_view.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest thinks of its name
 
 
+Keys = list[tuple[int, int, int]]  # (position in a `ClipDataset`, epoch, part)
+
+
 class ClipDataset(Dataset[tuple[Tensor, int, int]]):
     """Clips of some videos of a store; an item is named by (position, epoch, part), so that it has no state.
 
@@ -130,10 +119,17 @@ class ClipDataset(Dataset[tuple[Tensor, int, int]]):
         if self.seed is None:
             view = test_view(row.frames, height, width, self.clips)
         else:
-            rng = np.random.default_rng([self.seed, epoch, part, video])
+            rng = np.random.default_rng([_VIEWS, self.seed, epoch, part, video])
             view = training_view(rng, row.frames, height, width, self.clips, self.recipe)
         frames = self.read(video, view.start)
         return self.cut(frames, view), row.label, video
+
+    def __getitems__(self, keys: Keys) -> list[tuple[Tensor, int, int]] | GkdError:
+        """The clips of a batch; an error is handed over whole, for PyTorch would make a traceback of it."""
+        try:
+            return [self[key] for key in keys]
+        except GkdError as error:
+            return error
 
     def read(self, video: int, start: int) -> Tensor:
         """Decoded frames from `start`, (T, C, H, W) uint8; a short video repeats its last frame."""
@@ -166,7 +162,7 @@ class ClipDataset(Dataset[tuple[Tensor, int, int]]):
 def _decode(stored: list[np.ndarray] | np.ndarray) -> Tensor:
     if isinstance(stored, np.ndarray):  # raw: (T, H, W, C)
         return torch.from_numpy(stored).permute(0, 3, 1, 2)
-    return torch.stack([decode_jpeg(torch.from_numpy(image), mode=ImageReadMode.RGB) for image in stored])
+    return torch.stack(decode_jpeg([torch.from_numpy(image) for image in stored], mode=ImageReadMode.RGB))
 
 
 def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
@@ -175,7 +171,13 @@ def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def normalise(clips: Tensor, settings: ClipSettings) -> Tensor:
-    """uint8 (B, C, T, H, W) -> float32, (pixel / 255 - mean) / std per channel."""
+    """uint8 (B, C, T, H, W) -> float32, (pixel / 255 - mean) / std per channel.
+
+    Channels lie innermost in memory: every network wants them so, and here the rearrangement costs nothing.
+
+    Raises:
+        GkdError: another number of channels than of means or deviations.
+    """
     channels = clips.shape[1]
     mean, std = (
         torch.tensor(values * channels if len(values) == 1 else values, device=clips.device)
@@ -188,46 +190,8 @@ def normalise(clips: Tensor, settings: ClipSettings) -> Tensor:
             "give one value for all channels, or one per channel",
         )
     scale = 1 / (255 * std)
-    return clips.float().mul_(scale.view(1, -1, 1, 1, 1)).sub_((mean / std).view(1, -1, 1, 1, 1))
-
-
-Keys = list[tuple[int, int, int]]
-
-
-def training_order(count: int, batch_size: int, seed: int, epoch: int, part: int) -> list[Keys]:
-    """The batches of one pass, as keys of `ClipDataset`; the last may be smaller (METHOD.md 4)."""
-    order = np.random.default_rng([seed, epoch, part]).permutation(count)
-    keys = [(int(position), epoch, part) for position in order]
-    return [keys[first : first + batch_size] for first in range(0, count, batch_size)]
-
-
-def test_order(count: int, batch_size: int) -> list[Keys]:
-    """All videos once, in the order of the store."""
-    keys = [(position, 0, 0) for position in range(count)]
-    return [keys[first : first + batch_size] for first in range(0, count, batch_size)]
-
-
-test_order.__test__ = False  # type: ignore[attr-defined]
-
-
-def load(dataset: ClipDataset, batches: list[Keys], workers: int, pin: bool = False) -> Iterator[ClipBatch]:
-    """Reads the named batches; with workers in other processes, started fresh (never forked beside HDF5)."""
-    if not batches:
-        return
-    loader: DataLoader[tuple[Tensor, int, int]] = DataLoader(
-        dataset,
-        batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_collate,
-        pin_memory=pin,
-        multiprocessing_context="spawn" if workers else None,
-    )
-    yield from loader
-
-
-def _collate(items: list[tuple[Tensor, int, int]]) -> ClipBatch:
-    clips, labels, videos = zip(*items, strict=True)
-    return ClipBatch(torch.stack(clips), torch.tensor(labels), list(videos))
+    floats = clips.to(torch.float32, memory_format=torch.channels_last_3d)
+    return floats.mul_(scale.view(1, -1, 1, 1, 1)).sub_((mean / std).view(1, -1, 1, 1, 1))
 
 
 def hold_out(rows: Sequence[VideoRow], videos: Sequence[int], fraction: float) -> tuple[list[int], list[int]]:

@@ -78,7 +78,8 @@ def stored_size(width: int, height: int, data: DataSettings) -> tuple[int, int]:
         return data.size[0], data.size[1]
     short, long = sorted((width, height))
     if data.short_side and short != data.short_side:
-        long = max(data.short_side, 2 * round(long * data.short_side / short / 2))
+        long = data.short_side if long == short else 2 * round(long * data.short_side / short / 2)
+        long = max(long, data.short_side)
         short = data.short_side
     if long > _LONGEST_SIDE_PX:
         raise BadVideo(f"frames of {width}x{height} would be stored {short}x{long}, more than fits")

@@ -79,6 +79,9 @@ class Crew(Generic[Job, Outcome]):
     def give(self, job: Job) -> bool:
         """Hands a job to a process that waits, or to a new one; False where all are at work."""
         member = next((member for member in self._members if member.job is None), None)
+        if member is not None and not member.process.is_alive():
+            self._bury(member)  # it died between two jobs, the next one has no part in that
+            member = None
         if member is None:
             if len(self._members) >= self.size:
                 return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from gkdcli.console import Ticker
-from gkdcli.data.clips import ClipDataset, load, normalise, test_order
+from gkdcli.data.clips import ClipDataset, normalise
+from gkdcli.data.loader import load, test_order
 from gkdcli.errors import GkdError
 from gkdcli.files import atomic_path
 
@@ -60,15 +62,27 @@ def predict(
 
     Returns:
         Logits (N, classes, T' - 1) and labels (N,).
+
+    Raises:
+        GkdError: a video is damaged, or the device has too little memory.
     """
     count = len(dataset) if limit is None else min(limit, len(dataset))
-    logits, labels = [], []
-    for batch in load(dataset, test_order(count, batch_size), workers):
-        with torch.inference_mode():
-            found = forward(normalise(batch.clips.to(device), dataset.clips))
-        logits.append(found.float().cpu().numpy())
-        labels.append(batch.labels.numpy())
-        tick(sum(map(len, labels)))
+    logits, labels, done = [], [], 0
+    with contextlib.closing(load(dataset, test_order(count, batch_size), workers)) as batches:
+        for batch in batches:
+            try:
+                with torch.inference_mode():
+                    found = forward(normalise(batch.clips.to(device), dataset.clips)).float().cpu()
+            except torch.OutOfMemoryError:
+                raise GkdError(
+                    f"out of memory in evaluation: batch {batch_size} of {tuple(batch.clips.shape[1:])}",
+                    str(device),
+                    f"`--set eval.batch_size={max(batch_size // 2, 1)}`; the scores do not depend on it",
+                ) from None
+            logits.append(found.numpy())
+            labels.append(batch.labels.numpy())
+            done += len(batch.videos)
+            tick(done)
     return np.concatenate(logits), np.concatenate(labels)
 
 
@@ -94,11 +108,11 @@ def load_predictions(path: Path) -> Predictions:
             return Predictions(
                 file["logits"][:],
                 file["labels"][:],
-                file["videos"].asstr()[:].tolist(),
+                file["videos"].asstr(errors="surrogateescape")[:].tolist(),
                 str(file.attrs["fingerprint"]),
                 str(file.attrs["weights"]),
             )
-    except (OSError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError) as error:
         raise GkdError(
             f"the saved predictions are damaged: {error}", str(path), "drop --rescore once"
         ) from None

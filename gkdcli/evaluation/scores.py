@@ -21,7 +21,8 @@ def class_scores(logits: Array, recipe: str) -> Array:
     time-averaged logits, as trained.
     """
     if recipe == "official":
-        return _softmax(logits.astype(np.float64)).sum(axis=2)
+        scores: Array = _softmax(logits.astype(np.float64)).sum(axis=2)
+        return scores
     return _softmax(logits.astype(np.float64).mean(axis=2))
 
 

@@ -138,11 +138,14 @@ class I3D(nn.Module):
                 case _:
                     continue
             self.add_module(name, block)
-        self.to(memory_format=LAYOUT)
+        # Narrow networks train a third faster on CPU with channels innermost. Wide ones do not, and PyTorch's
+        # batch statistics are less exact there (1e-4 of the standard deviation over 400 000 elements).
+        self.layout = LAYOUT if width < 0.5 else torch.contiguous_format
+        self.to(memory_format=self.layout)
 
     def endpoints(self, clip: Tensor) -> Iterator[tuple[str, Tensor]]:
         """Yields the 16 named feature maps of a clip (B, channels, T, H, W), bottom first."""
-        x = clip.contiguous(memory_format=LAYOUT)
+        x = clip.contiguous(memory_format=self.layout)
         for name in ENDPOINTS:
             pool = POOLS.get(name)
             x = max_pool(x, *pool) if pool else self.get_submodule(name)(x)

@@ -106,7 +106,7 @@ def train(
         if resume:
             trainer.restore()
             console.note(
-                f"continuing {run.folder} at epoch {trainer.position.epoch}, step {trainer.position.step}"
+                f"continuing {run.folder} at epoch {trainer.epoch}, step {trainer.position.step}"
             )
         run.update(state="running")
         trainer.fit(max_steps)
@@ -119,7 +119,7 @@ def _find_teacher(place: Place, console: Console, stage: str, store: Store, give
     wanted = stage == "distill" and (settings.distill.method == "gkd" or settings.train.init == "teacher")
     if not wanted:
         return None
-    found = open_run(given) if given else newest_complete(place, "pretrain", store.classes)
+    found = open_run(given) if given else newest_complete(place, "pretrain", store.classes, flag="--teacher")
     if found.record["stage"] != "pretrain" or found.record["classes"] != store.classes:
         raise GkdError(
             "this run is no teacher of these classes", str(found.folder), "name a pretrain-attention run"

@@ -65,7 +65,7 @@ def run_cost(run: Run) -> Cost:
 
 
 def require_same_clip(teacher: Run, settings: Settings) -> None:
-    """Refuses a teacher whose taps have other shapes than the student's.
+    """Refuses a teacher that would be shown other clips than it knows, or whose taps have other shapes.
 
     Raises:
         GkdError: with both values.
@@ -74,6 +74,8 @@ def require_same_clip(teacher: Run, settings: Settings) -> None:
     for key, old, new in (
         ("clips.length", theirs.clips.length, ours.clips.length),
         ("clips.crop", theirs.clips.crop, ours.clips.crop),
+        ("clips.mean", theirs.clips.mean, ours.clips.mean),
+        ("clips.std", theirs.clips.std, ours.clips.std),
         ("model.width", theirs.model.width, ours.model.width),
     ):
         if old != new:

@@ -12,7 +12,6 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gkdcli.errors import GkdError
-from gkdcli.files import write_text
 from gkdcli.models.weights import fit, load_metadata, load_tensors, require_fit, save_tensors
 from gkdcli.runs import Run
 from gkdcli.training import optim
@@ -22,10 +21,7 @@ from gkdcli.training import optim
 class Position:
     """Where a run stands: everything to go on from that is not a tensor."""
 
-    epoch: int = 1
-    part: int = 0
-    batch: int = 0
-    step: int = 0
+    step: int = 0  # batches done; `Schedule.spot` says in which epoch and pass that is
     seconds: float = 0.0
     best: float | None = None
     best_epoch: int = 0
@@ -54,8 +50,9 @@ def save(state: State, run: Run, resume_command: str) -> None:
     """Writes `last.safetensors`; the one before it stays whole if that fails.
 
     Raises:
-        GkdError: the disk is full or cannot be written to.
+        GkdError: the disk is full or cannot be written to, or a weight is no number.
     """
+    _require_finite(state, run)
     tensors = state.weights() | optim.optimizer_tensors(state.optimizer, "optim.network.")
     if state.generator_optimizer is not None:
         tensors |= optim.optimizer_tensors(state.generator_optimizer, "optim.generator.")
@@ -66,9 +63,24 @@ def save_best(state: State, run: Run, resume_command: str) -> None:
     """Writes `best.safetensors`: weights only.
 
     Raises:
-        GkdError: the disk is full or cannot be written to.
+        GkdError: the disk is full or cannot be written to, or a weight is no number.
     """
-    _write(run.best, state.weights(), {"epoch": str(state.position.epoch)}, resume_command)
+    _require_finite(state, run)
+    _write(run.best, state.weights(), {"epoch": str(state.position.best_epoch)}, resume_command)
+
+
+def _require_finite(state: State, run: Run) -> None:
+    """A gradient can overflow though the loss did not: such weights would only waste a checkpoint."""
+    weights = {name: value for name, value in state.weights().items() if value.is_floating_point()}
+    good = torch.stack([value.isfinite().all() for value in weights.values()]).tolist()
+    if not all(good):
+        name = list(weights)[good.index(False)]
+        raise GkdError(
+            f"training diverged: {name} is not finite after step {state.position.step}",
+            f"{run.folder}; "
+            + (f"{run.last.name} is of before" if run.last.is_file() else "nothing was saved"),
+            "start a new run with a lower optim.learning_rate and optim.generator_lr",
+        )
 
 
 def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], resume_command: str) -> None:
@@ -78,13 +90,13 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], res
         full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
         raise GkdError(
             "the disk is full; the checkpoint could not be written" if full else f"cannot write: {error}",
-            f"{path}; the checkpoint before it is whole",
+            f"{path}; the checkpoint before it is whole" if path.is_file() else str(path),
             f"make room, then `{resume_command}`",
         ) from None
 
 
 def restore(state: State, run: Run) -> Position:
-    """Loads `last.safetensors` into networks and optimisers; drops the metrics that came after it.
+    """Loads `last.safetensors` into networks and optimisers.
 
     Returns:
         Where the run stood; the beginning where it was killed before its first checkpoint.
@@ -93,30 +105,18 @@ def restore(state: State, run: Run) -> Position:
         GkdError: the checkpoint is damaged or of another network.
     """
     if not run.last.is_file():
-        run.metrics.unlink(missing_ok=True)
         return Position()
     tensors = load_tensors(run.last)
-    position = Position(**json.loads(load_metadata(run.last)["position"]))
+    try:
+        position = Position(**json.loads(load_metadata(run.last)["position"]))
+    except (KeyError, ValueError, TypeError):
+        raise GkdError(
+            "these weights are no checkpoint to go on from", str(run.last), f"start anew: `--init {run.last}`"
+        ) from None
     for module, prefix in ((state.network, "network."), (state.generators, "generator.")):
         if module is not None:
             require_fit(fit(module, tensors, prefix), str(run.last), "network of this run")
     optim.restore_optimizer(state.optimizer, tensors, "optim.network.")
     if state.generator_optimizer is not None:
         optim.restore_optimizer(state.generator_optimizer, tensors, "optim.generator.")
-    _truncate_metrics(run, position)
     return position
-
-
-def _truncate_metrics(run: Run, position: Position) -> None:
-    """Keeps the lines up to the checkpoint: what came after it will come again."""
-    if not run.metrics.is_file():
-        return
-    kept = []
-    for line in run.metrics.read_text(encoding="utf-8").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:  # cut by a kill
-            break
-        if entry.get("step", 0) <= position.step and ("mean" not in entry or entry["epoch"] < position.epoch):
-            kept.append(line)
-    write_text(run.metrics, "".join(f"{line}\n" for line in kept))

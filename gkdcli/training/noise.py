@@ -11,6 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_NOISE = 3  # first word of the seeds, see `data.clips._VIEWS`
+
 
 class Noise:
     """Draws for the samples of one batch; successive calls continue each sample's own stream.
@@ -29,15 +31,14 @@ class Noise:
         self._device = device
         self._streams = []
         for sample in samples:
-            state = np.random.SeedSequence([seed, epoch, part, sample]).generate_state(1, np.uint64)
+            state = np.random.SeedSequence([_NOISE, seed, epoch, part, sample]).generate_state(1, np.uint64)
             self._streams.append(torch.Generator().manual_seed(int(state[0] >> np.uint64(1))))
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         """Standard normal (B, ...)."""
         assert shape[0] == len(self._streams), "one stream per sample"
-        return torch.stack([torch.randn(tuple(shape[1:]), generator=g) for g in self._streams]).to(
-            self._device
-        )
+        drawn = torch.stack([torch.randn(tuple(shape[1:]), generator=g) for g in self._streams])
+        return drawn.to(self._device)
 
     def keep(self, shape: Sequence[int], probability: float) -> Tensor | None:
         """A dropout mask (B, ...), divided by the probability of keeping; None where nothing is dropped."""

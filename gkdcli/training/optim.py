@@ -33,7 +33,7 @@ def rate_factor(settings: OptimSettings, epochs_done: float) -> float:
     Linear warm-up over `warmup_epochs`, then constant, or half a cosine down to 0 at the last epoch.
     """
     if epochs_done < settings.warmup_epochs:
-        return (epochs_done + 1e-3) / settings.warmup_epochs
+        return min((epochs_done + 1e-3) / settings.warmup_epochs, 1.0)
     if settings.schedule == "constant":
         return 1.0
     span = max(settings.epochs - settings.warmup_epochs, 1e-9)
@@ -57,10 +57,14 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str) -> None:
-    """The reverse of `optimizer_tensors`."""
+    """The reverse of `optimizer_tensors`; the state lies in memory as the parameters do, for speed."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith(prefix):
             number, _, name = key.removeprefix(prefix).partition(".")
+            like = parameters[int(number)]
+            if value.shape == like.shape:
+                value = torch.empty_like(like).copy_(value)
             state.setdefault(int(number), {})[name] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -126,6 +127,19 @@ def network_terms(
             value = losses.attention_distillation(attention, wanted_maps[tap])
             terms[f"attention_distillation.{tap}"] = Term(settings.beta, value)
     return terms
+
+
+@contextlib.contextmanager
+def held_statistics(network: nn.Module) -> Iterator[None]:
+    """Batch norm in training mode goes by the batch but leaves its running statistics alone (METHOD.md 8)."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm3d)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def _latent(attention: Tensor) -> tuple[int, int, int]:

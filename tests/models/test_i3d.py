@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -63,8 +65,31 @@ def test_endpoints_are_the_sixteen_of_the_paper():
     assert len(ENDPOINTS) == 16
 
 
-def test_layout_stays_channels_last_all_the_way_in_training():
-    """A single layer that falls back to another layout makes the pools several times slower."""
-    model = I3D("i3d", width=0.125)
-    for name, x in model.endpoints(torch.rand(2, 3, 16, 64, 64)):
-        assert x.is_contiguous(memory_format=LAYOUT), name
+@pytest.fixture
+def two_threads():
+    """On one thread PyTorch computes small convolutions by another kernel, which ignores the layout."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.usefixtures("two_threads")
+@pytest.mark.parametrize(("width", "layout"), [(0.125, LAYOUT), (0.5, torch.contiguous_format)])
+def test_no_layer_changes_the_memory_layout_on_the_way(width, layout):
+    """Mixed layouts make pools and sums several times slower without any other sign."""
+    model = I3D("i3d", width=width)
+    for clip in (torch.rand(2, 3, 16, 64, 64), torch.rand(2, 3, 16, 64, 64).contiguous(memory_format=LAYOUT)):
+        for name, x in model.endpoints(clip):
+            assert x.is_contiguous(memory_format=layout), name
+
+
+def test_both_layouts_and_both_ways_to_pool_compute_the_same():
+    torch.manual_seed(0)
+    narrow, clip = I3D("i3d", width=0.125).eval(), torch.rand(2, 3, 16, 64, 64)
+    other = copy.deepcopy(narrow).to(memory_format=torch.contiguous_format)
+    other.layout = torch.contiguous_format
+    with torch.no_grad():
+        frozen, contiguous = narrow(clip)["Mixed_5c"], other(clip)["Mixed_5c"]
+    torch.testing.assert_close(frozen, contiguous)
+    torch.testing.assert_close(frozen, narrow(clip)["Mixed_5c"])

@@ -1,0 +1,121 @@
+"""Batches of clips: in which order, read by this process or by others."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from multiprocessing import resource_tracker
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from gkdcli.data.clips import ClipDataset, Keys
+from gkdcli.errors import GkdError
+
+_ORDERS = 2  # first word of their seeds, see `clips._VIEWS`
+
+
+@dataclass
+class ClipBatch:
+    """Clips of one step.
+
+    Args:
+        clips: (B, C, T, H, W), uint8.
+        labels: (B,), int64.
+        videos: their rows in the store.
+    """
+
+    clips: Tensor
+    labels: Tensor
+    videos: list[int]
+
+    def pin_memory(self) -> ClipBatch:
+        """The same in page-locked memory; the loader asks for it where clips go to a GPU."""
+        return ClipBatch(self.clips.pin_memory(), self.labels.pin_memory(), self.videos)
+
+
+def training_order(count: int, batch_size: int, seed: int, epoch: int, part: int) -> list[Keys]:
+    """The batches of one pass; the last may be smaller (METHOD.md 4)."""
+    order = np.random.default_rng([_ORDERS, seed, epoch, part]).permutation(count)
+    keys = [(int(position), epoch, part) for position in order]
+    return [keys[first : first + batch_size] for first in range(0, count, batch_size)]
+
+
+def test_order(count: int, batch_size: int) -> list[Keys]:
+    """All videos once, in the order of the store."""
+    keys = [(position, 0, 0) for position in range(count)]
+    return [keys[first : first + batch_size] for first in range(0, count, batch_size)]
+
+
+test_order.__test__ = False  # type: ignore[attr-defined]
+
+
+def load(
+    dataset: ClipDataset, batches: Iterable[Keys], workers: int, pin: bool = False
+) -> Generator[ClipBatch, None, None]:
+    """Reads the named batches; close the iterator to end its processes before it is exhausted.
+
+    Args:
+        dataset: read from.
+        batches: asked for only a little ahead, so that one call can serve a whole run.
+        workers: processes that read ahead, started fresh (never forked beside HDF5); 0: this one reads.
+        pin: into page-locked memory.
+
+    Raises:
+        GkdError: a video is damaged, or a worker was killed.
+    """
+    loader: DataLoader[tuple[Tensor, int, int]] = DataLoader(
+        dataset,
+        batch_sampler=batches,
+        num_workers=workers,
+        collate_fn=_collate,
+        pin_memory=pin,
+        multiprocessing_context="spawn" if workers else None,
+    )
+    with _signals_blocked() if workers else contextlib.nullcontext():
+        found = iter(loader)
+    try:
+        for batch in found:
+            if isinstance(batch, GkdError):
+                raise batch
+            yield batch
+    except RuntimeError as error:
+        raise lost_worker(error) or error from None
+    finally:
+        del found  # its processes end here, not when a traceback lets go of it
+
+
+@contextlib.contextmanager
+def _signals_blocked() -> Iterator[None]:
+    """Processes started in here never see Ctrl-C or SIGTERM: stopping is this one's matter."""
+    resource_tracker.ensure_running()  # it unblocks signals when it starts
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def lost_worker(error: RuntimeError) -> GkdError | None:
+    """What PyTorch means where a loading process was killed; None for any other error.
+
+    It may be raised anywhere in the main thread, not only where a batch is awaited.
+    """
+    if "DataLoader worker" not in str(error):
+        return None
+    return GkdError(
+        "a process that loads clips has died",
+        str(error).splitlines()[0],
+        "it may have run out of memory (main, or shared: /dev/shm): fewer `--workers`, or a smaller batch",
+    )
+
+
+def _collate(items: list[tuple[Tensor, int, int]] | GkdError) -> ClipBatch | GkdError:
+    if isinstance(items, GkdError):
+        return items
+    clips, labels, videos = zip(*items, strict=True)
+    return ClipBatch(torch.stack(clips), torch.tensor(labels), list(videos))

@@ -1,0 +1,99 @@
+"""The order of a run: epochs of one or two passes over the clips, batches, and groups of batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from gkdcli.data.clips import Keys
+from gkdcli.data.loader import training_order
+from gkdcli.settings import OptimSettings
+from gkdcli.training.optim import rate_factor
+
+
+class Spot(NamedTuple):
+    """Of a step: its epoch (from 1), pass, and batch within the pass (from 0)."""
+
+    epoch: int
+    part: int
+    batch: int
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Pure arithmetic: where a run stands is the caller's.
+
+    A *step* is one batch. Batches whose gradients add up (`optim.accumulation`) form a group within a pass,
+    the last of a pass may be shorter; the optimiser moves where a group closes.
+
+    Args:
+        clips: training videos.
+        parts: the passes of an epoch, as the numbers that seeds know them by.
+        seed: of the order.
+        optim: settings.
+    """
+
+    clips: int
+    parts: tuple[int, ...]
+    seed: int
+    optim: OptimSettings
+
+    @property
+    def batches(self) -> int:
+        """Of one pass."""
+        return -(-self.clips // self.optim.batch_size)
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Batches of all passes."""
+        return len(self.parts) * self.batches
+
+    @property
+    def steps(self) -> int:
+        """Of the whole run."""
+        return self.optim.epochs * self.steps_per_epoch
+
+    def spot(self, step: int) -> Spot:
+        """Where a step lies; steps count from 0 over the whole run."""
+        passes, batch = divmod(step, self.batches)
+        epoch, number = divmod(passes, len(self.parts))
+        return Spot(epoch + 1, self.parts[number], batch)
+
+    def closes(self, batch: int) -> bool:
+        """Whether the optimiser moves after this batch of a pass, counted from 0."""
+        return (batch + 1) % self.optim.accumulation == 0 or batch + 1 == self.batches
+
+    def share(self, batch: int) -> float:
+        """The weight of a batch's mean loss in the mean over its group: its part of the group's clips."""
+        first = batch - batch % self.optim.accumulation
+        group = self._clips_before(first + self.optim.accumulation) - self._clips_before(first)
+        return (self._clips_before(batch + 1) - self._clips_before(batch)) / group
+
+    def _clips_before(self, batch: int) -> int:
+        return min(batch * self.optim.batch_size, self.clips)
+
+    def rate(self, step: int) -> float:
+        """The factor of both learning rates, the same for all batches of a group."""
+        done = step - self.spot(step).batch % self.optim.accumulation
+        return rate_factor(self.optim, done / self.steps_per_epoch)
+
+    def last_step(self, max_steps: int | None) -> int:
+        """Where to stop: at the end, or at the first closed group from `max_steps` on.
+
+        A stop within a group would lose the gradients it has gathered, and a continuation would differ.
+        """
+        if max_steps is None or max_steps >= self.steps:
+            return self.steps
+        passes, rest = divmod(max_steps, self.batches)
+        groups = -(-rest // self.optim.accumulation)
+        return passes * self.batches + min(groups * self.optim.accumulation, self.batches)
+
+    def keys(self, step: int, last_step: int) -> Iterator[Keys]:
+        """The batches of steps [step, last_step)."""
+        while step < last_step:
+            epoch, part, batch = self.spot(step)
+            order = training_order(self.clips, self.optim.batch_size, self.seed, epoch, part)
+            chosen = order[batch:][: last_step - step]
+            yield from chosen
+            step += len(chosen)

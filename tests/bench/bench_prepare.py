@@ -1,0 +1,163 @@
+"""Frames per CPU-second of `gkd prepare` against the plain way: OpenCV capture, resize, imwrite, one thread.
+
+    python tests/bench/bench_prepare.py [--videos DIR] [--copies N] [--rounds N]
+
+Both sides run in one spawned process each, in turns, on the same files, at the same size and JPEG quality;
+start-up, hashing, HDF5 and fsync are counted. The best round of each counts. Without DIR two kinds of
+files are drawn: h264 340x256 and mpeg4 320x240. Ends with the wall-clock gain of a second worker.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import av
+import cv2
+import numpy as np
+
+from gkdcli.data.annotations import Listing, Source
+from gkdcli.data.extract import prepare_parts
+from gkdcli.data.store import Store
+from gkdcli.settings import DataSettings
+from tests.videos import psnr, write_video
+
+QUALITY = 95
+
+
+def plain(videos: list[Path], folder: Path) -> None:
+    """The reference: a folder of JPEG files per video."""
+    cv2.setNumThreads(1)
+    for number, path in enumerate(videos):
+        (folder / str(number)).mkdir(parents=True)
+        capture = cv2.VideoCapture(str(path), cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+        place = 0
+        while True:
+            ok, frame = capture.read()
+            if not ok:
+                break
+            cv2.imwrite(f"{folder}/{number}/{place:06}.jpg", frame, [cv2.IMWRITE_JPEG_QUALITY, QUALITY])
+            place += 1
+
+
+def _cpu_sec() -> float:
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def _measured(action: Callable[[], object]) -> tuple[float, float]:
+    """CPU and wall-clock seconds."""
+    cpu, wall = _cpu_sec(), time.perf_counter()
+    action()
+    return _cpu_sec() - cpu, time.perf_counter() - wall
+
+
+def _plainly(videos: list[Path], folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    process = multiprocessing.get_context("spawn").Process(target=plain, args=(videos, folder))
+    process.start()
+    process.join()
+
+
+def _ours(videos: list[Path], folder: Path, workers: int) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    sources = [Source(path, "a", f"{number:04}", "train") for number, path in enumerate(videos)]
+    data = DataSettings(short_side=0, jpeg_quality=QUALITY)
+    report = prepare_parts(Listing(["a"], sources), folder, "bench", "rgb", data, workers=workers)
+    assert not report.rejected, report.rejected
+
+
+def draw_texture(count: int, width: int, height: int, seed: int) -> np.ndarray:
+    """Smooth noise that pans: about as hard to code as filmed video; (count, height, width, 3)."""
+    rng = np.random.default_rng(seed)
+    field = np.zeros((height + count, width + count, 3))
+    for scale, weight in ((64, 90), (16, 40), (4, 16), (1, 5)):
+        small = rng.normal(size=(field.shape[0] // scale + 2, field.shape[1] // scale + 2, 3)) * weight
+        field += cv2.resize(small, (field.shape[1], field.shape[0]), interpolation=cv2.INTER_CUBIC)
+    field = np.clip(field + 128, 0, 255)
+    steps = (np.cumsum(rng.uniform(0, 1, (count, 2)), 0)).astype(int)
+    return np.stack([field[y : y + height, x : x + width] for y, x in steps]).astype(np.uint8)
+
+
+def _drawn(folder: Path) -> dict[str, Path]:
+    h264 = {"preset": "medium", "crf": "21"}
+    return {
+        "h264 340x256": write_video(folder / "a.mp4", draw_texture(300, 340, 256, 0), 30, options=h264),
+        "mpeg4 320x240": write_video(
+            folder / "a.avi",
+            draw_texture(164, 320, 240, 1),
+            codec="mpeg4",
+            options={"qmin": "3", "qmax": "3"},
+        ),
+    }
+
+
+def _check(video: Path, jpegs: Path, store: Path) -> tuple[float, float, float, float]:
+    """Equal frames and sizes; mean PSNR against the decoded source, and KB per frame, of both."""
+    reader = Store.open(store / "rgb.h5")
+    row = reader.videos[0]
+    files = sorted((jpegs / "0").iterdir())
+    assert len(files) == row.frames, (len(files), row.frames)
+    stored = reader.frames(0, 0, row.frames)
+    scores = []
+    with av.open(str(video)) as container:
+        for place, frame in enumerate(container.decode(video=0)):
+            source = frame.to_ndarray(format="bgr24")
+            theirs = cv2.imread(str(files[place]))
+            ours = cv2.imdecode(np.asarray(stored[place]), cv2.IMREAD_COLOR)
+            assert theirs.shape == ours.shape == source.shape
+            scores.append((psnr(theirs, source), psnr(ours, source)))
+    plain_db, ours_db = np.mean(scores, 0)
+    assert ours_db > plain_db - 0.3, (plain_db, ours_db)
+    plain_kb = sum(path.stat().st_size for path in files) / len(files) / 1e3
+    return plain_db, ours_db, plain_kb, sum(map(len, stored)) / len(files) / 1e3
+
+
+def main() -> None:
+    """Prints one JSON object per kind of video."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--videos", type=Path, help="measure on the files of this folder, each by itself")
+    parser.add_argument("--copies", type=int, default=12, help="how often each file is prepared per round")
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        work = Path(name)
+        if options.videos:
+            files = {path.name: path for path in sorted(options.videos.iterdir()) if path.is_file()}
+        else:
+            files = _drawn(work)
+        for title, path in files.items():
+            videos = [path] * options.copies
+            rounds = []
+            for _ in range(options.rounds):
+                theirs = _measured(lambda videos=videos: _plainly(videos, work / "jpegs"))
+                ours = _measured(lambda videos=videos: _ours(videos, work / "store", 1))
+                two = _measured(lambda videos=videos: _ours(videos, work / "store", 2))
+                rounds.append((theirs[0], ours[0], ours[1], two[1]))
+            plain_cpu, ours_cpu, one_wall, two_wall = np.min(rounds, 0)
+            plain_db, ours_db, plain_kb, ours_kb = _check(path, work / "jpegs", work / "store")
+            frames = Store.open(work / "store" / "rgb.h5").videos[0].frames * options.copies
+            result = {
+                "video": title,
+                "frames": frames,
+                "plain_frames_per_cpu_sec": round(frames / plain_cpu),
+                "gkd_frames_per_cpu_sec": round(frames / ours_cpu),
+                "ratio": round(plain_cpu / ours_cpu, 3),
+                "two_workers_gain": round(one_wall / two_wall, 2),
+                "plain_db": round(float(plain_db), 2),
+                "gkd_db": round(float(ours_db), 2),
+                "plain_kb_per_frame": round(plain_kb, 1),
+                "gkd_kb_per_frame": round(ours_kb, 1),
+            }
+            print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

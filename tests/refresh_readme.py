@@ -1,0 +1,70 @@
+"""`make readme`: runs the demo and puts its real output into the README."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import shlex
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from readme import GKD, README, demo_commands, replace_block, run
+
+MISTAKES = (
+    "gkd distill thumos-14",
+    "gkd distill demo --set optim.learning_rat=1e-5",
+    "gkd distill thumos14 --set clips.length=192",
+    "gkd evaluate hmdb51",
+)
+
+
+def main() -> None:
+    """Writes the README's marked blocks."""
+    text = README.read_text()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        started = time.monotonic()
+        shown = [_show(command, folder) for command in demo_commands()]
+        seconds = time.monotonic() - started
+        _, compared = run("gkd evaluate demo --rescore --compare --json -q", folder)
+    text = replace_block(text, "figures", _figures(json.loads(compared), seconds))
+    text = replace_block(text, "demo", f"```\n{''.join(shown)}```\n")
+    with tempfile.TemporaryDirectory() as name:
+        config = run("gkd distill --preset hmdb51 --show-config", Path(name))[1].splitlines()
+        start = config.index("[optim]")
+        text = replace_block(text, "show-config", "```\n" + "\n".join(config[start : start + 8]) + "\n...\n```\n")
+        errors = [_show(command, Path(name), failing=True) for command in MISTAKES]
+    text = replace_block(text, "errors", f"```\n{chr(10).join(errors)}```\n")
+    README.write_text(text)
+
+
+def _show(command: str, folder: Path, failing: bool = False) -> str:
+    code, output = run(command, folder)
+    sys.stderr.write(f"$ {command}\n{output}\n")
+    if bool(code) != failing:
+        sys.exit(f"`{command}` ended with {code}")
+    return f"$ {command}\n{output.rstrip()}\n" + ("" if failing else "\n")
+
+
+def _figures(document: dict[str, dict[str, list[dict[str, float]]]], seconds: float) -> str:
+    rows = document["result"]["runs"]
+    lines = [
+        "| drawn demo, rgb | top-1 | top-5 | parameters | GMAC per clip | training | measured by |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        lines.append(
+            f"| {row['model']} | {row['top1']:.3f} | {row['top5']:.3f} | {row['parameters']:,} | {row['gmac']:.3f}"
+            f" | {row['training_seconds']:.0f} s | `gkd evaluate demo --compare` |"
+        )
+    cores = os.cpu_count()
+    lines += ["", f"Measured by `make readme` on {cores} cores ({platform.machine()}), all commands {seconds:.0f} s.", ""]
+    return "\n".join(lines)
+
+
+assert GKD.exists(), f"install gkd first: {shlex.quote(str(GKD))} is missing"
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""What stderr shows: who may speak, how progress looks, how messages are laid out."""
+
+from __future__ import annotations
+
+import io
+import sys
+import time
+
+import pytest
+
+from gkdcli.console import Console, message
+from gkdcli.errors import GkdError
+
+
+def test_messages_have_one_line_each_for_what_where_and_hint() -> None:
+    assert message("error", "it broke", "file.toml, line 3", "mend it") == (
+        "error: it broke\nwhere: file.toml, line 3\nhint: mend it"
+    )
+    assert message("warning", "it creaks") == "warning: it creaks"
+
+
+@pytest.mark.parametrize(
+    ("console", "shown"),
+    [
+        (Console(), ["note", "warning: careful"]),
+        (Console(quiet=True), ["warning: careful"]),
+        (Console(verbose=True), ["note", "detail", "warning: careful"]),
+    ],
+)
+def test_quiet_and_verbose(console: Console, shown: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    console.note("note")
+    console.detail("detail")
+    console.warn("careful")
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.splitlines() == shown
+    assert console.warnings == ["careful"]
+
+
+def test_only_rank_0_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    console = Console(verbose=True, progress_style="plain")
+    console.note("x")
+    console.detail("x")
+    console.warn("x")
+    console.error(GkdError("x"))
+    with console.progress("x", 1) as tick:
+        tick(1)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_plain_progress_is_a_line_every_ten_seconds_and_one_at_the_end(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = [0.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    with Console(progress_style="plain").progress("train", 100) as tick:
+        for done in range(1, 101):
+            now[0] += 0.25
+            tick(done, "epoch 1")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "train: 40/100, 15 s left (epoch 1)",
+        "train: 80/100, 5 s left (epoch 1)",
+        "train: 100/100 in 25 s (epoch 1)",
+    ]
+
+
+@pytest.mark.parametrize("console", [Console(progress_style="off"), Console(quiet=True)])
+def test_progress_can_be_off(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
+    with console.progress("train", 2) as tick:
+        tick(2)
+    assert capsys.readouterr() == ("", "")
+
+
+class _Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.mark.parametrize(("term", "bar"), [("xterm-256color", True), ("dumb", False)])
+def test_auto_draws_a_bar_on_a_terminal_only(term: str, bar: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stderr = _Terminal()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setenv("TERM", term)
+    with Console().progress("train", 2) as tick:
+        tick(1, "half way")
+        tick(2)
+    assert ("\x1b[" in stderr.getvalue()) is bar
+    assert ("train: 2/2" in stderr.getvalue()) is not bar
+
+
+def test_a_bar_keeps_markup_in_names_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A video called `[red].mp4` is a name, not a colour."""
+    stderr = _Terminal()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    with Console(progress_style="bar").progress("prepare [bold]x", 2) as tick:
+        tick(1, "[red].mp4")
+    assert "[bold]x" in stderr.getvalue()
+    assert "[red].mp4" in stderr.getvalue()
+
+
+def test_an_error_inside_the_bar_gets_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", _Terminal())
+    with pytest.raises(GkdError, match="x"), Console(progress_style="bar").progress("t", 2):
+        raise GkdError("x")
