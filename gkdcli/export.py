@@ -1,4 +1,4 @@
-"""What leaves the house: weights, the card that explains them, and an ONNX graph checked against the model."""
+"""What leaves the house: weights, the card that explains them, an ONNX graph checked against the model."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from gkdcli.errors import GkdError
 from gkdcli.files import atomic_path, digest, write_json, write_text
 from gkdcli.models.recognizer import Recognizer
 from gkdcli.models.weights import save_tensors
 from gkdcli.runs import Run, version
-from gkdcli.settings import CHANNELS, ExportSettings
+from gkdcli.settings import CHANNELS, ExportSettings, Settings
 
 
 def write_export(
@@ -47,7 +48,10 @@ def write_export(
         card["onnx"] = payload["onnx"]
     if "safetensors" in formats:
         path = folder / "model.safetensors"
-        save_tensors(path, dict(network.state_dict()), {"card": json.dumps(card)})
+        try:
+            save_tensors(path, dict(network.state_dict()), {"card": json.dumps(card)})
+        except SafetensorError as error:
+            raise GkdError(f"cannot write the weights: {error}", str(path), "make room there") from None
         payload["safetensors"] = {"file": str(path), "bytes": path.stat().st_size, "sha256": digest(path)}
         card["safetensors_sha256"] = payload["safetensors"]["sha256"]
     write_json(folder / "card.json", card)
@@ -58,11 +62,11 @@ def write_export(
 def describe(run: Run, network: Recognizer) -> dict[str, Any]:
     """The card: all that someone without gkd must know to use the weights."""
     record, page = run.record, run.settings
-    clips, report = page.clips, run.folder / "report.json"
-    scores = json.loads(report.read_text(encoding="utf-8")) if report.is_file() else {}
+    clips, weights = page.clips, digest(run.weights)
     channels = CHANNELS[record["modality"]]
-    one = len(clips.mean) == 1
     kind = page.model.teacher if record["stage"] == "pretrain" else page.model.student
+    teacher = record["parents"].get("teacher")
+    report = _report(run, weights)
     return {
         "gkd": version(),
         "backbone": kind,
@@ -73,9 +77,10 @@ def describe(run: Run, network: Recognizer) -> dict[str, Any]:
         "split": record["split"],
         "recipe": record["recipe"],
         "method": record["method"],
-        "trained_from": record["began"],
-        "distilled_from": record["parents"].get("teacher"),
+        "first_weights": record["began"],
+        "distilled_from": Path(teacher).name if teacher else None,
         "run": run.folder.name,
+        "run_weights_sha256": weights,
         "parameters": record["parameters"],
         "gmac": record["gmac"],
         "classes": record["classes"],
@@ -88,62 +93,81 @@ def describe(run: Run, network: Recognizer) -> dict[str, Any]:
         "output": {
             "name": "logits",
             "shape": ["batch", len(record["classes"])],
-            "meaning": "time-averaged logits; softmax over classes gives scores",
+            "meaning": _MEANING[record["recipe"]],
         },
         "preprocessing": {
-            "frames": f"{clips.length} consecutive frames from the middle; a shorter video repeats its last",
-            "stored": _stored_size(page.data),
-            "rescale_short_side_px": clips.short_side or None,
-            "crop": f"centre {clips.crop}x{clips.crop}; smaller frames are scaled up to it, bilinear",
-            "scale": "pixel / 255, then (x - mean) / std per channel",
-            "mean": list(clips.mean) * (channels if one else 1),
+            "steps": _steps(page),
+            "first_frame": f"max(0, (n - {clips.length - 1}) // 2)",
+            "mean": list(clips.mean) * (channels if len(clips.mean) == 1 else 1),
             "std": list(clips.std) * (channels if len(clips.std) == 1 else 1),
         },
-        "scores": {key: scores.get(key) for key in ("top1", "top5")} if scores else None,
-        "protocol": scores.get("protocol"),
+        "scores": {key: report[key] for key in ("top1", "top5")} if report else None,
+        "protocol": report.get("protocol"),
     }
 
 
-def _stored_size(data: Any) -> str:
+_MEANING = {
+    "corrected": "time-averaged logits; softmax over classes gives scores",
+    "official": "time-averaged logits; gkd scores with the softmax per time step, summed over time, so its"
+    " ranks may differ a little from those of these logits",
+}
+
+
+def _report(run: Run, weights: str) -> dict[str, Any]:
+    """What `gkd evaluate` found for these very weights; empty where it did not run since."""
+    path = run.folder / "report.json"
+    report = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return dict(report) if report.get("protocol", {}).get("weights_sha256") == weights else {}
+
+
+def _steps(page: Settings) -> list[str]:
+    """From a video to the input, to be followed to the letter."""
+    data, clips = page.data, page.clips
+    length, crop = clips.length, clips.crop
     if data.size:
-        return f"resized to {data.size[0]}x{data.size[1]}"
-    return f"short side {data.short_side} px, aspect kept" if data.short_side else "native size"
+        size = f"resized to {data.size[0]}x{data.size[1]} px"
+    else:
+        size = f"scaled to short side {data.short_side} px" if data.short_side else "at native size"
+    kept = f", {data.fps:g} per second" if data.fps else ""
+    rescale = f"scale them to short side {clips.short_side} px; " if clips.short_side else ""
+    return [
+        f"decode the video to 8-bit RGB frames{kept}, {size}",
+        f"of n frames take {length} consecutive ones from number max(0, (n - {length - 1}) // 2), counted"
+        " from 0; a shorter video repeats its last frame",
+        f"{rescale}frames whose short side is under {crop} px are scaled up to it (bilinear, half-pixel"
+        " centres, rounded to 8 bit)",
+        f"cut the middle {crop}x{crop} px: top = round((H - {crop}) / 2), left = round((W - {crop}) / 2),"
+        " halves to the even number",
+        "pixel / 255, then (x - mean) / std per channel",
+    ]
 
 
 def _readable(card: dict[str, Any]) -> str:
     scores = card["scores"] or {}
-    told = (
-        ", ".join(f"{key} {value:.3f}" for key, value in scores.items() if value is not None)
-        or "not evaluated yet"
-    )
-    before = card["preprocessing"]
+    told = ", ".join(f"{key} {value:.3f}" for key, value in scores.items()) or "not evaluated yet"
+    origin = f", distilled from run {card['distilled_from']}" if card["distilled_from"] else ""
+    before, shape = card["preprocessing"], card["input"]["shape"]
     lines = [
         f"# {card['backbone']} for {card['dataset']} ({card['modality']})",
         "",
-        f"{card['parameters']:,} parameters, {card['gmac']:.3f} GMAC per clip. Scores on test videos: {told}.",
-        f"Trained by gkd {card['gkd']}, recipe {card['recipe']}, {card['trained_from']}"
-        + (f"; distilled from {card['distilled_from']}." if card["distilled_from"] else "."),
+        f"{card['parameters']:,} parameters, {card['gmac']:.3g} GMAC per clip. Test videos: {told}.",
+        f"Trained by gkd {card['gkd']}, recipe {card['recipe']}{origin}."
+        f" First weights: {card['first_weights']}.",
         "",
         "## Input",
         "",
-        f"`clip`, float32, {card['input']['shape']} ({card['input']['layout']}):",
+        f"`clip`, float32, {' x '.join(map(str, shape))} ({card['input']['layout']}):",
         "",
-        f"1. frames: {before['frames']} ({before['stored']});",
-        *(
-            [f"2. rescaled to short side {before['rescale_short_side_px']} px;"]
-            if before["rescale_short_side_px"]
-            else []
-        ),
-        f"3. {before['crop']};",
-        f"4. {before['scale']}; mean {before['mean']}, std {before['std']}.",
+        *(f"{number}. {step}{';' if number < 5 else ':'}" for number, step in enumerate(before["steps"], 1)),
+        f"   mean {before['mean']}, std {before['std']}.",
         "",
         "## Output",
         "",
-        f"`logits`, {card['output']['shape']}: {card['output']['meaning']}.",
+        f"`logits`, {' x '.join(map(str, card['output']['shape']))}: {card['output']['meaning']}.",
         "",
         "## Classes",
         "",
-        *(f"{label}. {name}" for label, name in enumerate(card["classes"])),
+        *(f"- {label}: {name}" for label, name in enumerate(card["classes"])),
         "",
     ]
     return "\n".join(lines)
@@ -178,13 +202,13 @@ def _write_onnx(
         )
     assert program is not None
     model = program.model_proto
-    for key in ("classes", "preprocessing", "input", "output"):
+    for key in ("classes", "preprocessing", "input", "output", "run", "run_weights_sha256"):
         model.metadata_props.add(key=key, value=json.dumps(card[key], ensure_ascii=False))
     with atomic_path(path) as temporary:
         onnx.save(model, str(temporary))
         onnx.checker.check_model(str(temporary))
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
-        difference = max(_difference(network, session, shape, batch) for batch in (1, 3))
+        difference = max(_difference(network, session, shape, batch) for batch in (1, 3, 5))
         if not difference <= settings.tolerance:
             raise GkdError(
                 f"the ONNX graph differs from the live model by {difference:.2g} of the logits' size",

@@ -52,7 +52,8 @@ def _sync_folder(folder: Path) -> None:
 def write_text(path: Path, text: str) -> None:
     """Writes UTF-8 text atomically."""
     with atomic_path(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # what no UTF-8 can hold (names of files that are no text) becomes an escape that JSON reads back
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, document: object) -> None:
@@ -100,7 +101,7 @@ def locked(path: Path, purpose: str) -> Iterator[None]:
 
 def _take(handle: int) -> bool:
     """Locks the file; `is_locked` of another process may hold it for a moment."""
-    for _ in range(5):
+    for _ in range(25):
         try:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

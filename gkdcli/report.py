@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,9 @@ def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
     figure, axes = _figure(side, side)
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     if len(classes) <= 60:
-        axes.set_xticks(range(len(classes)), classes, rotation=90, fontsize=8)
-        axes.set_yticks(range(len(classes)), classes, fontsize=8)
+        names = [_drawable(name) for name in classes]
+        axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=8, parse_math=False)
+        axes.set_yticks(range(len(classes)), names, fontsize=8, parse_math=False)
     axes.set(xlabel="predicted", ylabel="true", title="share of each class's test videos")
     if len(classes) <= 20:
         for row, column in zip(*np.nonzero(counts), strict=True):
@@ -57,6 +59,12 @@ def _entries(metrics: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
 
 
+def _drawable(name: str) -> str:
+    """Shortened, and without the bytes of a file name that are no text."""
+    text = name.encode("utf-8", "replace").decode()
+    return text if len(text) <= 40 else f"{text[:39]}…"
+
+
 def _figure(width: float, height: float) -> tuple[Any, Any]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -67,5 +75,6 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 
 def _save(figure: Any, path: Path) -> None:
-    with atomic_path(path) as temporary:
+    with atomic_path(path) as temporary, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # letters that the font lacks are drawn as boxes
         figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")

@@ -302,8 +302,9 @@ def _validate(given: Mapping[str, _Given]) -> Settings:
 
 def _where_of(message: str, given: Mapping[str, _Given]) -> str:
     """A rule over several settings names its keys; the first named one that was given is the place."""
-    named = [key for key in setting_names() if re.search(rf"\b{re.escape(key)}\b", message)]
-    return next((given[key].where for key in named if key in given), f"default of {', '.join(named)}")
+    found = {key: re.search(rf"\b{re.escape(key)}\b", message) for key in setting_names()}
+    named = sorted((match.start(), key) for key, match in found.items() if match)
+    return next((given[key].where for _, key in named if key in given), f"default of {named[0][1]}")
 
 
 def _field(key: str) -> Any:

@@ -242,26 +242,22 @@ def _misfit(run: Run, place: Place, classes: list[str] | None, method: str | Non
     return ""
 
 
+_SAID = {"cut": "was cut short", "interrupted": "was interrupted", "failed": "failed"}
+
+
 def _holdings(
     runs: list[Run], place: Place, classes: list[str] | None = None, method: str | None = None
 ) -> str:
-    """`holds 2 runs; the newest, 20260925-141207, is interrupted at epoch 7 of 16`."""
+    """`holds 2 runs; the newest, 20260925-141207, was interrupted at epoch 7 of 16`."""
     if not runs:
         return "holds no run"
     newest = runs[-1]
-    reached = newest.record.get("progress", {})
-    at = (
-        f" at epoch {reached['epoch']} of {reached['epochs']}"
-        if reached and newest.state != "complete"
-        else ""
-    )
+    one = f"1 run, {newest.folder.name}, which"
+    which = one if len(runs) == 1 else f"{len(runs)} runs; the newest, {newest.folder.name},"
+    state, reached = newest.state, newest.record.get("progress", {})
+    at = f" at epoch {reached['epoch']} of {reached['epochs']}" if reached and state != "complete" else ""
     odd = "" if newest.damage else _misfit(newest, place, classes, method)
-    which = (
-        f"1 run, {newest.folder.name}, which"
-        if len(runs) == 1
-        else f"{len(runs)} runs; the newest, {newest.folder.name},"
-    )
-    return f"holds {which} is {newest.state}{at}{f' and {odd}' if odd else ''}"
+    return f"holds {which} {_SAID.get(state, f'is {state}')}{at}{f' and is {odd}' if odd else ''}"
 
 
 def _next_command(place: Place, stage: str, runs: list[Run]) -> str:

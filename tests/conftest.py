@@ -87,14 +87,6 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def prepare_tiny(root: Path) -> None:
     """`gkd prepare demo-tiny`, as a user types it."""
-    from gkdcli.data import demo
-
-    if not hasattr(demo, "draw_videos"):  # XXX for as long as it is being written; goes away
-        subprocess.run(
-            [sys.executable, "/tmp/mkstore.py", root, "demo-tiny"], check=True, capture_output=True
-        )
-        (root / "datasets").mkdir()
-        return
     run_gkd("prepare", "demo-tiny", "--root", root).must()
 
 

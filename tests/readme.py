@@ -1,4 +1,4 @@
-"""What the README shows and what the tests check of it: its commands, its marked blocks, the demo's recipe."""
+"""What the README shows and the tests check: its commands, its marked blocks, the recipe of `make demo`."""
 
 from __future__ import annotations
 

@@ -35,7 +35,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         config = run("gkd distill --preset hmdb51 --show-config", Path(name))[1].splitlines()
         start = config.index("[optim]")
-        text = replace_block(text, "show-config", "```\n" + "\n".join(config[start : start + 8]) + "\n...\n```\n")
+        text = replace_block(
+            text, "show-config", "```\n" + "\n".join(config[start : start + 8]) + "\n...\n```\n"
+        )
         errors = [_show(command, Path(name), failing=True) for command in MISTAKES]
     text = replace_block(text, "errors", f"```\n{chr(10).join(errors)}```\n")
     README.write_text(text)
@@ -57,11 +59,15 @@ def _figures(document: dict[str, dict[str, list[dict[str, float]]]], seconds: fl
     ]
     for row in rows:
         lines.append(
-            f"| {row['model']} | {row['top1']:.3f} | {row['top5']:.3f} | {row['parameters']:,} | {row['gmac']:.3f}"
-            f" | {row['training_seconds']:.0f} s | `gkd evaluate demo --compare` |"
+            f"| {row['model']} | {row['top1']:.3f} | {row['top5']:.3f} | {row['parameters']:,}"
+            f" | {row['gmac']:.3f} | {row['training_seconds']:.0f} s | `gkd evaluate demo --compare` |"
         )
     cores = os.cpu_count()
-    lines += ["", f"Measured by `make readme` on {cores} cores ({platform.machine()}), all commands {seconds:.0f} s.", ""]
+    lines += [
+        "",
+        f"Measured by `make readme` on {cores} cores ({platform.machine()}), all commands {seconds:.0f} s.",
+        "",
+    ]
     return "\n".join(lines)
 
 

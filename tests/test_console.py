@@ -94,6 +94,7 @@ def test_a_bar_keeps_markup_in_names_as_it_is(monkeypatch: pytest.MonkeyPatch) -
     """A video called `[red].mp4` is a name, not a colour."""
     stderr = _Terminal()
     monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setenv("TERM", "xterm-256color")
     with Console(progress_style="bar").progress("prepare [bold]x", 2) as tick:
         tick(1, "[red].mp4")
     assert "[bold]x" in stderr.getvalue()

@@ -37,6 +37,14 @@ with locked(Path(sys.argv[1]), "the test's folder"):
     time.sleep(60)
 """
 
+ASK = """
+import sys
+from pathlib import Path
+from gkdcli.files import is_locked
+while True:
+    is_locked(Path(sys.argv[1]))
+"""
+
 
 @pytest.fixture
 def holder(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
@@ -66,9 +74,14 @@ def test_a_written_file_replaces_the_old_one_whole(tmp_path: Path) -> None:
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, error: type[BaseException]) -> None:
     path = tmp_path / "a.txt"
     write_text(path, "old")
-    with pytest.raises(error), atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise error
+
+    def fail() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise error
+
+    with pytest.raises(error):
+        fail()
     assert path.read_text() == "old"
     assert list(tmp_path.iterdir()) == [path]
 
@@ -159,10 +172,9 @@ def test_a_killed_holder_holds_nothing(holder: tuple[Path, subprocess.Popen[str]
 
 def test_asking_whether_a_lock_is_held_does_not_get_in_the_way(tmp_path: Path) -> None:
     """`gkd evaluate` looks at the locks of runs while `gkd distill` takes one."""
-    asks = "import sys; from pathlib import Path; from gkdcli.files import is_locked\nwhile True: is_locked(Path(sys.argv[1]))"
     path = tmp_path / ".lock"
     path.touch()
-    with subprocess.Popen([sys.executable, "-c", asks, str(path)]) as process:
+    with subprocess.Popen([sys.executable, "-c", ASK, str(path)]) as process:
         try:
             end = time.monotonic() + 1.0
             while time.monotonic() < end:
@@ -175,8 +187,10 @@ def test_asking_whether_a_lock_is_held_does_not_get_in_the_way(tmp_path: Path) -
 def test_a_lock_is_free_again_after_the_block_and_after_an_error(tmp_path: Path) -> None:
     path = tmp_path / ".lock"
     assert not is_locked(path)
-    with pytest.raises(ValueError, match="x"), locked(path, "it"):
+    with locked(path, "it"):
         assert is_locked(path)
+    assert not is_locked(path)
+    with pytest.raises(ValueError, match="x"), locked(path, "it"):
         raise ValueError("x")
     assert not is_locked(path)
 

@@ -1,4 +1,4 @@
-"""Run folders: where they lie, what state they are in, which one is chosen, what a continuation may change."""
+"""Run folders: where they lie, their states, which one is chosen, what a continuation may change."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _run(place: Place, name: str, stage: str = "distill", **record: Any) -> Run:
     run = create_run(place, stage, {"classes": CLASSES})
     folder = run.folder.rename(run.folder.with_name(name))
     run = Run(folder)
-    run.update(state="complete", **record)
+    run.update(**({"state": "complete"} | record))
     return run
 
 
@@ -233,12 +233,12 @@ def test_runs_of_other_presets_stages_and_modalities_are_not_looked_at(tmp_path:
 @pytest.mark.parametrize(
     ("record", "holds", "resume"),
     [
-        ({"state": "interrupted"}, "is interrupted at epoch 7 of 16", " --resume"),
-        ({"state": "cut"}, "is cut at epoch 7 of 16", " --resume"),
-        ({"state": "failed"}, "is failed at epoch 7 of 16", " --resume"),
-        ({"split": 2}, "is complete and of split 2", ""),
-        ({"recipe": "official"}, "is complete and of recipe official", ""),
-        ({"classes": ["a"]}, "is complete and of other classes than the store's", ""),
+        ({"state": "interrupted"}, "was interrupted at epoch 7 of 16", " --resume"),
+        ({"state": "cut"}, "was cut short at epoch 7 of 16", " --resume"),
+        ({"state": "failed"}, "failed at epoch 7 of 16", " --resume"),
+        ({"split": 2}, "is complete and is of split 2", ""),
+        ({"recipe": "official"}, "is complete and is of recipe official", ""),
+        ({"classes": ["a"]}, "is complete and is of other classes than the store's", ""),
     ],
 )
 def test_where_none_fits_the_message_says_what_there_is_and_how_to_go_on(
@@ -293,7 +293,7 @@ def test_settings_that_may_change_do_and_the_others_are_refused_with_a_diff(tmp_
     for key, value in allowed.items():
         section, _, name = key.partition(".")
         assert getattr(getattr(found, section), name) == value
-    assert RESUMABLE == {*allowed, "data.workers"}
+    assert {*allowed, "data.workers"} == RESUMABLE
     error = _refused(
         resumed_settings,
         run,

@@ -55,7 +55,7 @@ def _execute(
     call: Callable[[Place, Console], Result],
 ) -> None:
     """The three acts of every command: settings, one pipeline call, print."""
-    from gkdcli.cli.render import render_config, render_result
+    from gkdcli.cli.render import render_config
 
     command = STAGES[stage]
     resolved = shared.resolve(preset, stage, flags)
@@ -63,8 +63,14 @@ def _execute(
         render_config(command, resolved, shared.json)
         return
     console = shared.console()
-    result = call(shared.place(resolved, preset), console)
-    if shared.json:
+    _finish(command, call(shared.place(resolved, preset), console), shared.json, console)
+
+
+def _finish(command: str, result: Result, as_json: bool, console: Console) -> None:
+    """The result on stdout, and on stderr why it is not what was asked for, or what comes next."""
+    from gkdcli.cli.render import render_result
+
+    if as_json:
         emit_json(command, run=result.run, result=result.payload, error=result.error)
     else:
         render_result(command, result.payload)
@@ -78,9 +84,8 @@ def _execute(
 def _one_preset(command: str, argument: str | None, option: str | None) -> str:
     where = f"argument PRESET of `gkd {command}`"
     if argument is not None and option is not None and argument != option:
-        raise usage_error(
-            f"two presets are named, `{argument}` and `{option}`", f"{where}, and --preset", "name one"
-        )
+        what = f"two presets are named, `{argument}` and `{option}`"
+        raise usage_error(what, f"{where}, and --preset", "name one of them")
     preset = option if option is not None else argument
     if not preset:
         raise usage_error(
@@ -336,8 +341,6 @@ def root_options(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON document on stdout.")] = False,
 ) -> None:
     """Options of `gkd` itself."""
-    from gkdcli.cli.render import render_result
-
     if show_version:
         if as_json:
             emit_json("", result={"version": version()})
@@ -347,12 +350,7 @@ def root_options(
     if doctor:
         from gkdcli.doctor import examine
 
-        result = examine()
-        if as_json:
-            emit_json("doctor", result=result.payload, error=result.error)
-        else:
-            render_result("doctor", result.payload)
-        raise typer.Exit(int(result.code))
+        _finish("doctor", examine(), as_json, Console())
     if as_json:  # `gkd --json distill ...` is `gkd distill ... --json`
         context.default_map = {command: {"json": True} for command in STAGES.values()}
     if context.invoked_subcommand is None:

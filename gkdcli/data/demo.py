@@ -8,10 +8,20 @@ every class, and places wrap around at the border, which keeps every other frame
 from __future__ import annotations
 
 import functools
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import NamedTuple
 
+import av
 import numpy as np
 from numpy.typing import NDArray
+
+from gkdcli import files
+from gkdcli.data.workers import Crashed, Crew
+from gkdcli.errors import GkdError
 
 Floats = NDArray[np.float32]
 
@@ -162,3 +172,102 @@ def _colours(ground: Floats, rng: np.random.Generator) -> Floats:
     bright = ground + rng.uniform(35, 100) * rng.uniform(0.5, 1.0, 3)
     dark = ground - rng.uniform(35, 100) * rng.uniform(0.5, 1.0, 3)
     return np.clip(np.stack([bright, dark]), 5, 250).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class _Video:
+    path: Path
+    class_name: str
+    seed: int
+
+
+def draw_videos(
+    folder: Path,
+    per_class: Mapping[str, int],
+    seed: int,
+    workers: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> int:
+    """Writes `folder/{train,test}/<class>/<class>_<subset>_<number>.mp4`; videos that are there are kept.
+
+    Args:
+        folder: is made. `drawn.json` in it says how its videos were drawn; another seed or another version
+            of the drawing draws them anew.
+        per_class: how many of each class, for `train` and `test`. No two videos share a seed.
+        seed: of the whole set.
+        workers: processes.
+        progress: called as (done, total).
+
+    Returns:
+        How many were drawn.
+
+    Raises:
+        GkdError: the folder holds videos that this function has not drawn.
+    """
+    recipe = {"seed": seed, "version": VERSION}
+    kept = _kept_recipe(folder)
+    videos = [
+        _Video(
+            folder / subset / name / f"{name}_{subset}_{number:04d}.mp4",
+            name,
+            int(np.random.SeedSequence([seed, part, label, number]).generate_state(1)[0]),
+        )
+        for part, (subset, count) in enumerate(per_class.items())
+        for label, name in enumerate(CLASSES)
+        for number in range(count)
+    ]
+    if kept is not None and kept != recipe:
+        for subset in per_class:
+            shutil.rmtree(folder / subset, ignore_errors=True)
+    files.write_json(folder / "drawn.json", recipe)
+    wanted = {video.path for video in videos}
+    for path in folder.glob("*/*/*.mp4"):  # a smaller set was asked for
+        if path not in wanted:
+            path.unlink()
+    missing = [video for video in videos if not video.path.exists()]
+    done = len(videos) - len(missing)
+    waiting = list(reversed(missing))
+    with Crew(_write_video, min(workers, max(len(missing), 1))) as crew:
+        while waiting or crew.busy:
+            while waiting and crew.give(waiting[-1]):
+                waiting.pop()
+            for _, result in crew.collect(0.2):
+                assert not isinstance(result, Crashed), "drawing does not crash"
+                done += 1
+                if progress:
+                    progress(done, len(videos))
+    return len(missing)
+
+
+def _kept_recipe(folder: Path) -> dict[str, int] | None:
+    marker = folder / "drawn.json"
+    if not marker.is_file():
+        if any(folder.glob("*/*")):
+            raise GkdError(
+                "this folder holds files that were not drawn by gkd",
+                str(folder),
+                "the demo draws its own videos: name an empty folder, or move those away",
+            )
+        return None
+    try:
+        recipe: dict[str, int] = json.loads(marker.read_text(encoding="utf-8"))
+        return recipe
+    except ValueError:
+        return {}
+
+
+def _write_video(video: _Video) -> None:
+    write_clip(video.path, video.class_name, video.seed)
+
+
+def write_clip(path: Path, class_name: str, seed: int) -> None:
+    """Draws a video and writes it as MP4 (H.264, MPEG-4 where FFmpeg was built without x264)."""
+    pixels = draw_clip(class_name, seed)
+    coder = "libx264" if "libx264" in av.codec.codecs_available else "mpeg4"
+    options = {"crf": "18", "preset": "veryfast", "threads": "1"} if coder == "libx264" else {"qscale": "3"}
+    with files.atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
+        stream = container.add_stream(coder, rate=FPS, options=options)
+        stream.width, stream.height, stream.pix_fmt = pixels.shape[2], pixels.shape[1], "yuv420p"
+        for picture in pixels:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())

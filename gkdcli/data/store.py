@@ -6,9 +6,7 @@ derived: links to the parts and tables, written atomically, rebuilt from the par
 
 from __future__ import annotations
 
-import functools
 import hashlib
-import itertools
 import json
 import os
 from collections import OrderedDict
@@ -19,13 +17,12 @@ from typing import Any
 
 import h5py
 import numpy as np
-from h5py import h5a, h5d, h5f, h5p, h5s
-from numpy.typing import NDArray
 
 from gkdcli.data.annotations import SUBSETS, Listing
 from gkdcli.data.parts import (
     SCHEMA,
     Bytes,
+    PartReader,
     PartWriter,
     damaged_part,
     escape,
@@ -193,64 +190,6 @@ def setting_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[
     return [f"data.{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
 
 
-class _Part:
-    """An open part. Opened for nearly every clip, hence h5py's lower layer: a third of the time."""
-
-    def __init__(self, path: Path, row: VideoRow) -> None:
-        self.path = path
-        try:
-            self.file = h5f.open(os.fsencode(path), h5f.ACC_RDONLY, _file_access())
-            try:
-                self._frames = h5d.open(self.file, b"frames")
-                self._ends: NDArray[np.int64] | None = None
-                if self.file.links.exists(b"offsets"):
-                    offsets = h5d.open(self.file, b"offsets")
-                    self._ends = np.empty(offsets.shape, np.int64)
-                    offsets.read(h5s.ALL, h5s.ALL, self._ends)
-                attribute = h5a.open(self.file, b"source_digest")
-                digest = np.empty((), attribute.dtype)
-                attribute.read(digest)
-            except BaseException:
-                self.file.close()
-                raise
-        except (OSError, RuntimeError, KeyError) as error:
-            raise damaged_part(path, str(error)) from None
-        count = self._frames.shape[0] if self._ends is None else len(self._ends) - 1
-        if (count, digest.item()) not in ((row.frames, row.digest), (row.frames, row.digest.encode())):
-            self.file.close()
-            raise GkdError(
-                "a video of the store is not the one its index describes",
-                str(path),
-                "run the same `gkd prepare` again, and start the command after it has finished",
-            )
-
-    def read(self, start: int, count: int) -> list[Bytes] | Bytes:
-        """Frames [start, start + count), in one read."""
-        try:
-            if self._ends is None:
-                raw: Bytes = h5py.Dataset(self._frames)[start : start + count]
-                return raw
-            ends = self._ends[start : start + count + 1]
-            first, last = int(ends[0]), int(ends[-1])
-            block = np.empty(last - first, np.uint8)
-            space = self._frames.get_space()
-            space.select_hyperslab((first,), (last - first,))
-            self._frames.read(h5s.create_simple((last - first,)), space, block)
-        except (OSError, RuntimeError) as error:
-            raise damaged_part(self.path, str(error)) from None
-        cuts = (ends - first).tolist()
-        return [block[a:b] for a, b in itertools.pairwise(cuts)]
-
-
-@functools.cache
-def _file_access() -> Any:
-    """Read without locks, which read-only and network file systems may lack; closing closes all."""
-    access = h5p.create(h5p.FILE_ACCESS)
-    access.set_fclose_degree(h5f.CLOSE_STRONG)
-    access.set_file_locking(False, True)
-    return access
-
-
 class Store:
     """A finished store, for reading. It may be pickled and forked: files are opened again in each process.
 
@@ -277,9 +216,9 @@ class Store:
         self.classes = classes
         self.videos = videos
         self._splits = splits
-        self._parts: OrderedDict[int, _Part] = OrderedDict()
+        self._parts: OrderedDict[int, PartReader] = OrderedDict()
         self._pid = os.getpid()
-        self._inherited: list[OrderedDict[int, _Part]] = []
+        self._inherited: list[OrderedDict[int, PartReader]] = []
 
     @classmethod
     def open(cls, index: Path) -> Store:
@@ -355,24 +294,25 @@ class Store:
         """
         row = self.videos[video]
         assert 0 <= start < start + count <= row.frames, (row, start, count)
-        return self._part(video, row).read(start, count)
+        return self._part(video, row).frames(start, count)
 
     def close(self) -> None:
         """Closes the files this process has open; reading opens them again."""
         if self._pid == os.getpid():
             for part in self._parts.values():
-                part.file.close()
+                part.close()
         self._parts = OrderedDict()
 
-    def _part(self, video: int, row: VideoRow) -> _Part:
+    def _part(self, video: int, row: VideoRow) -> PartReader:
         if self._pid != os.getpid():
             self._inherited.append(self._parts)  # never touched again: they belong to the parent
             self._parts, self._pid = OrderedDict(), os.getpid()
         part = self._parts.pop(video, None)
         if part is None:
-            part = _Part(part_path(self.path.with_suffix(""), row.class_name, row.name), row)
+            path = part_path(self.path.with_suffix(""), row.class_name, row.name)
+            part = PartReader(path, row.frames, row.digest)
             if len(self._parts) >= _OPEN_PARTS:
-                self._parts.popitem(last=False)[1].file.close()
+                self._parts.popitem(last=False)[1].close()
         self._parts[video] = part
         return part
 

@@ -99,7 +99,7 @@ class VideoReader:
         self.read = 0
         self.damaged = 0
         self._packets = 0
-        self._end_sec = 0.0
+        self._end = 0  # of the last packet, in ticks
         self._error = ""
         cv2.setNumThreads(1)  # the processes of `gkd prepare` share the cores already
         try:
@@ -205,8 +205,7 @@ class VideoReader:
                 if packet.size:
                     self._packets += 1
                     if packet.pts is not None:
-                        end = (packet.pts + (packet.duration or 0)) * packet.time_base
-                        self._end_sec = max(self._end_sec, float(end))
+                        self._end = max(self._end, packet.pts + (packet.duration or 0))
                 try:
                     frames = packet.decode()
                 except av.error.FFmpegError as error:
@@ -230,9 +229,10 @@ class VideoReader:
         alone = len(self._container.streams) == 1 and self._container.duration
         if alone and not stated:
             seconds = self._container.duration / av.time_base
-            start = (self._container.start_time or 0) / av.time_base
-            if self._end_sec - start < seconds * (1 - _TOLERATED):
-                raise BadVideo(f"truncated: {self._end_sec - start:.1f} of {seconds:.1f} s are there")
+            there = float(self._end * self._stream.time_base)
+            there -= (self._container.start_time or 0) / av.time_base
+            if there < seconds * (1 - _TOLERATED):
+                raise BadVideo(f"truncated: {there:.1f} of {seconds:.1f} s are there")
         if self.damaged > self._packets * _TOLERATED:
             raise BadVideo(
                 f"damaged: {self.damaged} of {self._packets} frames{self._error and ': ' + self._error}"

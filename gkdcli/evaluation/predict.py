@@ -91,7 +91,8 @@ def save_predictions(path: Path, predictions: Predictions) -> None:
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         file["logits"] = predictions.logits
         file["labels"] = predictions.labels
-        file["videos"] = np.array(predictions.videos, dtype=h5py.string_dtype())
+        names = [name.encode("utf-8", "surrogateescape") for name in predictions.videos]
+        file["videos"] = np.array(names, dtype=h5py.string_dtype())
         file.attrs.update(schema=1, fingerprint=predictions.fingerprint, weights=predictions.weights)
 
 

@@ -61,7 +61,7 @@ def prepare(
     listing = read_list(annotations, folder, fraction) if annotations else scan_folder(folder, fraction)
     if dry_run:
         return _plan(place, listing, folder)
-    if listing.ignored:
+    if listing.ignored and settings.data.source == "videos":
         console.note(f"{listing.ignored} files in {folder} are no videos by their extension and were ignored")
     with console.progress(f"prepare {settings.dataset}", len(listing.sources)) as tick:
         report = prepare_parts(

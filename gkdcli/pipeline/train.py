@@ -213,7 +213,7 @@ def _plan(
 def _record(
     place: Place, store: Store, held: list[int], teacher_run: Run | None, began: str, plan: dict[str, Any]
 ) -> dict[str, Any]:
-    folder = place.runs("pretrain") / "x"  # all runs lie equally deep
+    folder = place.runs("distill") / "x"  # all runs lie equally deep
     parents = {"teacher": relative_to_run(folder, teacher_run.folder)} if teacher_run else {}
     chosen = "best" if held else "last"
     return {

@@ -1,4 +1,4 @@
-"""Recognition: how its networks are built, its supervised terms, its scores. `detection` answers the same calls."""
+"""Recognition: how its networks are built, its own loss terms, what it predicts."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def supervised_terms(
     noise: Noise,
     recipe: Literal["official", "corrected"],
 ) -> dict[str, Term]:
-    """Cross-entropy on the attended feature, on the plain one where there is no attention (METHOD.md 4, 8)."""
+    """Cross-entropy on the attended feature, or on the plain one of a network without (METHOD.md 4, 8)."""
     feature = features["Mixed_5c"]
     if maps:
         over: Literal["batch", "sample"] = "batch" if recipe == "official" else "sample"
@@ -51,9 +51,9 @@ def supervised_terms(
 
 
 def predictor(network: Recognizer, modality: str, recipe: str) -> Callable[[Tensor], Tensor]:
-    """Normalised clips -> logits per time step (B, classes, T' - 1), as evaluation takes them (METHOD.md 6, 8 (17)).
+    """Normalised clips -> logits per time step (B, classes, T' - 1), as evaluation takes them (METHOD.md 6).
 
-    rgb: of the attended feature, rescaled per clip. flow: of the plain feature in `official`.
+    rgb: of the attended feature, rescaled per clip. flow: of the plain feature in `official` (8 (17)).
     """
 
     def logits(clips: Tensor) -> Tensor:

@@ -398,3 +398,11 @@ def test_what_will_not_fit_is_refused_before_anything_is_written(tmp_path: Path,
         prepare_parts(listing, small_disk / "mine", "mine", "rgb", data)
     assert "--root" in caught.value.hint
     assert list((small_disk / "mine").rglob("*.h5")) == []
+
+
+def test_a_disk_that_cannot_be_written_is_refused_in_words(tmp_path: Path, small_disk: Path) -> None:
+    _videos(tmp_path / "videos", ("jump",), 1, frames=2)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    with pytest.raises(GkdError, match="the store cannot be written") as caught:
+        prepare_parts(scan_folder(tmp_path / "videos", 0.5), small_disk / "mine", "mine", "rgb", DATA)
+    assert str(small_disk) in caught.value.where

@@ -1,0 +1,315 @@
+"""No dead settings: each one is changed in turn, and a plan, an output or an error changes with it.
+
+What is observed is never an echo of the settings: weights after three steps, frames in a store, the size of a
+network, processes, a graph's operator set.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing.process
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import onnx
+import pytest
+import torch
+from safetensors import safe_open
+
+from gkdcli.resolve import setting_names
+from tests.conftest import Outcome, borrow
+from tests.videos import draw, write_video
+
+
+class House:
+    """What an observation works with: the command line, a trained `demo-tiny`, two videos, fresh folders."""
+
+    def __init__(self, gkd: Callable[..., Outcome], trained: Path, videos: Path, folder: Path) -> None:
+        self.gkd = gkd
+        self.trained = trained
+        self.videos = videos
+        self.folder = folder
+
+    def fresh(self) -> Path:
+        """A name that nothing has yet."""
+        return self.folder / f"root{len(list(self.folder.iterdir()))}"
+
+    def root(self) -> Path:
+        """Store and runs are those of the trained root."""
+        root = borrow(self.trained, self.fresh())
+        runs = root / "runs" / "demo-tiny"
+        runs.mkdir(parents=True)
+        for path in (self.trained / "runs" / "demo-tiny").iterdir():
+            (runs / path.name).symlink_to(path)
+        return root
+
+    def run(self, stage: str) -> Path:
+        """The trained run of a stage."""
+        return next((self.trained / "runs" / "demo-tiny" / stage).iterdir())
+
+    def train(self, sets: list[str], root: Path, command: str = "distill") -> Outcome:
+        """Three steps of a run of its own."""
+        (root / "runs" / "demo-tiny" / f"{command}-rgb").unlink()
+        words = [command, "demo-tiny", "--root", root, "--max-steps", 3, "--batch-size", 4]
+        if command == "distill":
+            words += ["--teacher", self.run("pretrain-attention-rgb")]
+        return self.gkd(*words, *_flags(sets))
+
+    def prepare(self, sets: list[str], *words: object) -> tuple[Outcome, Path]:
+        """A store of the two videos."""
+        root = self.fresh()
+        call = ("prepare", "folder", self.videos, "--name", "own", "--root", root)
+        return self.gkd(*call, *words, *_flags(sets)), root / "stores" / "own"
+
+
+def _flags(sets: list[str]) -> list[str]:
+    return [word for text in sets for word in ("--set", text)]
+
+
+@pytest.fixture(scope="module")
+def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("dead") / "videos"
+    for name in ("up/a", "up/b", "up/c", "up/d", "up/e"):
+        write_video(folder / f"{name}.mp4", draw(10, 96, 64))
+    return folder
+
+
+@pytest.fixture
+def house(gkd: Callable[..., Outcome], tiny_trained: Path, videos: Path, tmp_path: Path) -> House:
+    return House(gkd, tiny_trained, videos, tmp_path)
+
+
+# ---- observations: (house, settings) -> what is seen ----
+
+
+def weights(house: House, sets: list[str], command: str = "distill") -> str:
+    """Of network and CVAE after three steps."""
+    root = house.root()
+    house.train(sets, root, command).must()
+    (path,) = root.glob(f"runs/demo-tiny/{command}-rgb/*/last.safetensors")
+    digest = hashlib.sha256()
+    with safe_open(path, framework="pt") as file:
+        for name in sorted(file.keys()):
+            if name.startswith(("network.", "generator.")):
+                digest.update(file.get_tensor(name).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def teacher_weights(house: House, sets: list[str]) -> str:
+    """The same in phase 1, for what teacher and student must agree in."""
+    return weights(house, sets, "pretrain-attention")
+
+
+def plan_of(stage: str, key: str) -> Callable[[House, list[str]], Any]:
+    """One computed entry of a training plan."""
+
+    def observe(house: House, sets: list[str]) -> Any:
+        words = (stage, "demo-tiny", "--root", house.trained, "--dry-run", "--json", *_flags(sets))
+        return house.gkd(*words).must().json["result"][key]
+
+    return observe
+
+
+def drawing_plan(house: House, sets: list[str]) -> Any:
+    """How many videos would be drawn; None where none would."""
+    words = ("prepare", "demo-tiny", "--root", house.folder, "--dry-run", "--json")
+    return house.gkd(*words, *_flags(sets)).json.get("result", {}).get("videos_drawn")
+
+
+def drawn_pixels(house: House, sets: list[str]) -> bytes:
+    """The first of the drawn videos."""
+    words = ("prepare", "demo-tiny", "--set", "data.draw_train=2", "--set", "data.draw_test=1")
+    root = house.fresh()
+    house.gkd(*words, "--root", root, *_flags(sets)).must()
+    return sorted(root.glob("datasets/**/*.mp4"))[0].read_bytes()
+
+
+def subsets(house: House, sets: list[str]) -> Any:
+    """Test videos of a folder that names no split."""
+    return house.prepare(sets, "--dry-run", "--json")[0].must().json["result"]["test"]
+
+
+def part(house: House, sets: list[str]) -> Any:
+    """Layout, number, size and bytes of the stored frames."""
+    outcome, store = house.prepare(sets)
+    outcome.must()
+    with h5py.File(sorted(store.glob("rgb/up/*.h5"))[0]) as file:
+        keys = ("frame_count", "width", "height")
+        return [sorted(file), file["frames"].shape, *(int(file.attrs[key]) for key in keys)]
+
+
+def processes(command: str) -> Callable[[House, list[str]], int]:
+    """How many a command starts."""
+
+    def observe(house: House, sets: list[str]) -> int:
+        started = []
+        start = multiprocessing.process.BaseProcess.start
+
+        def watched(process: Any) -> None:
+            started.append(process)
+            start(process)
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(multiprocessing.process.BaseProcess, "start", watched)
+            if command == "prepare":
+                house.prepare(sets)[0].must()
+            else:
+                house.train(sets, house.root()).must()
+        return len(started)
+
+    return observe
+
+
+def checkpoints(house: House, sets: list[str]) -> int:
+    """How often the checkpoint is renamed into place."""
+    written = []
+    replace = os.replace
+
+    def watched(old: Path, new: Path) -> None:
+        written.append(Path(new).name)
+        replace(old, new)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "replace", watched)
+        house.train(sets, house.root()).must()
+    return written.count("last.safetensors")
+
+
+def where_it_runs(house: House, sets: list[str]) -> tuple[int, bool]:
+    """Without CUDA it is refused, with CUDA said."""
+    outcome = house.train(sets, house.root())
+    return outcome.code, "steps on cpu" in outcome.err
+
+
+def batches_of_evaluation(house: House, sets: list[str]) -> set[int]:
+    """The sizes that the first layer sees."""
+    seen: list[int] = []
+
+    def watch(module: Any, inputs: tuple[Any, ...]) -> None:
+        if isinstance(module, torch.nn.Conv3d):
+            seen.append(len(inputs[0]))
+
+    hook = torch.nn.modules.module.register_module_forward_pre_hook(watch)
+    try:
+        words = ("evaluate", "demo-tiny", "--root", house.trained, "--run", house.run("distill-rgb"))
+        house.gkd(*words, *_flags(sets)).must()
+    finally:
+        hook.remove()
+    return set(seen)
+
+
+def graph(house: House, sets: list[str]) -> Any:
+    """The exported graph's operator set; the exit code where it was refused."""
+    words = (
+        "export",
+        "demo-tiny",
+        "--root",
+        house.trained,
+        "--format",
+        "onnx",
+        "--out",
+        house.folder / "out",
+    )
+    outcome = house.gkd(*words, *_flags(sets))
+    if outcome.code:
+        return outcome.code
+    return onnx.load(str(house.folder / "out" / "model.onnx")).opset_import[0].version
+
+
+def refusal(command: str) -> Callable[[House, list[str]], str]:
+    """The error of a command that cannot go on; "" where it can."""
+
+    def observe(house: House, sets: list[str]) -> str:
+        outcome = house.gkd(command, "demo-tiny", "--root", house.trained, "--dry-run", *_flags(sets))
+        return outcome.err if outcome.code else ""
+
+    return observe
+
+
+class Row(NamedTuple):
+    """Under the settings `base`, giving `name` the value `other` changes what `observe` sees."""
+
+    name: str
+    other: str
+    observe: Callable[[House, list[str]], Any]
+    base: tuple[str, ...] = ()
+
+
+SGD = ("optim.algorithm=sgd", "optim.warmup_epochs=0")
+NO_WARMUP = ("optim.warmup_epochs=0",)
+ROWS = [
+    Row("name", "other", plan_of("pretrain-attention", "runs")),
+    Row("dataset", "other", refusal("distill")),
+    Row("task", "detection", refusal("distill")),
+    Row("recipe", "official", weights),
+    Row("data.source", "videos", drawing_plan),
+    Row("data.storage", "raw", part),
+    Row("data.jpeg_quality", "60", part),
+    Row("data.short_side", "32", part),
+    Row("data.size", "[48, 32]", part),
+    Row("data.fps", "5", part),
+    Row("data.workers", "2", processes("prepare"), ("data.workers=1",)),
+    Row("data.test_fraction", "0.6", subsets),
+    Row("data.holdout", "0", plan_of("distill", "held_out_videos")),
+    Row("data.draw_train", "5", drawing_plan),
+    Row("data.draw_test", "5", drawing_plan),
+    Row("data.draw_seed", "1", drawn_pixels),
+    Row("clips.length", "24", plan_of("pretrain-attention", "gmac")),
+    Row("clips.crop", "64", plan_of("pretrain-attention", "gmac")),
+    Row("clips.short_side", "48", weights),
+    Row("clips.scales", "[1.0]", weights),
+    Row("clips.flip", "true", weights),
+    Row("clips.mean", "[0.3]", teacher_weights),
+    Row("clips.std", "[0.5]", teacher_weights),
+    Row("model.teacher", "i2d", plan_of("pretrain-attention", "parameters")),
+    Row("model.student", "i2d", plan_of("distill", "parameters")),
+    Row("model.width", "0.125", plan_of("pretrain-attention", "parameters")),
+    Row("model.dropout", "0", weights),
+    Row("optim.algorithm", "sgd", weights),
+    Row("optim.learning_rate", "1e-4", weights),
+    Row("optim.momentum", "0", weights, SGD),
+    Row("optim.weight_decay", "0.1", weights),
+    Row("optim.schedule", "constant", weights, NO_WARMUP),
+    Row("optim.warmup_epochs", "0", weights),
+    Row("optim.batch_size", "5", plan_of("distill", "steps")),
+    Row("optim.accumulation", "2", weights),
+    Row("optim.epochs", "3", plan_of("distill", "steps")),
+    Row("optim.generator_lr", "1e-4", weights),
+    Row("optim.generator_betas", "[0.1, 0.5]", weights, NO_WARMUP),
+    Row("distill.method", "none", plan_of("distill", "cvae_parameters")),
+    Row("distill.beta", "10", weights),
+    Row("distill.generative_weight", "10", weights),
+    Row("distill.reconstruction_weight", "10", weights),
+    Row("distill.kl_weight", "10", weights),
+    Row("distill.ramp_epochs", "1", weights),
+    Row("train.schedule", "epoch", plan_of("distill", "steps")),
+    Row("train.init", "scratch", weights),
+    Row("train.seed", "1", weights),
+    Row("train.device", "cuda", where_it_runs, ("train.device=cpu",)),
+    Row("train.workers", "1", processes("distill")),
+    Row("train.checkpoint_minutes", "1e-9", checkpoints),
+    Row("eval.batch_size", "5", batches_of_evaluation),
+    Row("export.opset", "21", graph),
+    Row("export.tolerance", "1e-12", graph),
+]
+_seen: dict[Any, Any] = {}
+
+
+def test_the_table_has_every_setting_once() -> None:
+    assert [row.name for row in ROWS] == setting_names()
+
+
+@pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
+def test_changing_it_changes_something(row: Row, house: House) -> None:
+    key = (row.observe, row.base)
+    if key not in _seen:
+        _seen[key] = row.observe(house, list(row.base))
+    assert row.observe(house, [*row.base, f"{row.name}={row.other}"]) != _seen[key]
+
+
+def test_training_is_the_same_where_nothing_is_changed(house: House) -> None:
+    """Without this the rows that compare weights would prove nothing."""
+    assert weights(house, []) == _seen.setdefault((weights, ()), weights(house, []))

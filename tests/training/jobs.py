@@ -1,0 +1,122 @@
+"""Tiny but whole trainings: real store, networks, trainer; built as `gkdcli.pipeline.train` builds them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning_fabric import Fabric
+from torch import nn
+
+from gkdcli.console import Console
+from gkdcli.data.clips import ClipDataset
+from gkdcli.data.store import Store
+from gkdcli.models.recognizer import build_cvae
+from gkdcli.runs import Place, Run, create_run
+from gkdcli.settings import Settings
+from gkdcli.tasks import recognition
+from gkdcli.training.steps import Networks
+from gkdcli.training.trainer import Job, Trainer
+from tests.stores import Video, make_store, picture
+
+TERMS = {
+    "generator": [
+        "cvae_reconstruction.Mixed_5c",
+        "cvae_kl.Mixed_5c",
+        "generative_distillation.Mixed_5c",
+    ],
+    "network": ["classification", "reconstruction.Mixed_5c", "attention_distillation.Mixed_5c"],
+}
+
+
+def page(**changes: Any) -> Settings:
+    """Settings of the smallest network; `optim__batch_size=2` changes one."""
+    document: dict[str, Any] = {
+        "name": "tiny",
+        "dataset": "drawn",
+        "clips": {"length": 16, "crop": 32, "mean": [0.45], "std": [0.225], "scales": [1.0, 0.875]},
+        "model": {"width": 0.0625},
+        "optim": {
+            "algorithm": "adam",
+            "learning_rate": 1e-3,
+            "generator_lr": 1e-3,
+            "batch_size": 2,
+            "epochs": 2,
+            "schedule": "cosine",
+            "warmup_epochs": 0.5,
+        },
+        "distill": {"ramp_epochs": 4},
+        "train": {"schedule": "step"},
+    }
+    for key, value in changes.items():
+        section, _, name = key.rpartition("__")
+        (document.setdefault(section, {}) if section else document)[name] = value
+    return Settings.model_validate(document)
+
+
+def store_of(root: Path, videos: int) -> Store:
+    """So many videos of three classes, a little longer than a clip."""
+    return make_store(root, [Video("abc"[n % 3], f"v{n}", picture(n, 18)) for n in range(videos)])
+
+
+def networks(settings: Settings, classes: int, distilling: bool = True) -> Networks:
+    """Student and teacher with CVAEs from the page's seed; the teacher has seen data."""
+    torch.manual_seed(settings.train.seed)
+    student = recognition.build_network(settings, "student", classes, "rgb")
+    if not distilling:
+        return Networks(student, build_cvae(student))
+    teacher = recognition.build_network(settings, "teacher", classes, "rgb")
+    teacher.train()
+    with torch.no_grad():
+        for _ in range(3):
+            teacher.features(
+                torch.randn(4, 3, settings.clips.length, settings.clips.crop, settings.clips.crop)
+            )
+    return Networks(student, build_cvae(student), teacher, build_cvae(teacher))
+
+
+def trainer_of(
+    root: Path,
+    store: Store,
+    settings: Settings,
+    run: Run | None = None,
+    *,
+    played: Networks | None = None,
+    supervised: Any = recognition.supervised_terms,
+    validate: Any = None,
+) -> Trainer:
+    """A trainer in a new run folder, or in `run` as `--resume` would have it."""
+    played = played or networks(settings, len(store.classes))
+    run = run or create_run(Place(root, settings), "distill", {"classes": store.classes})
+    job = Job(
+        played,
+        settings,
+        ClipDataset(store, range(len(store.videos)), settings.clips, settings.recipe, settings.train.seed),
+        supervised,
+        validate=validate,
+        warm_up=lambda: None,
+        resume_command="gkd distill tiny --resume",
+    )
+    return Trainer(job, run, Console(quiet=True), Fabric(accelerator="cpu", devices=1))
+
+
+def metrics_of(run: Run) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Without the times, which no two runs share."""
+    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+
+
+def copied(module: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights as they are now."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def changed(module: nn.Module, before: dict[str, torch.Tensor]) -> set[str]:
+    """Names of the tensors that differ from `before`."""
+    return {name for name, value in module.state_dict().items() if not torch.equal(value, before[name])}
