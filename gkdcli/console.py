@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -111,13 +112,12 @@ def _bar(title: str, total: int) -> Iterator[Ticker]:
 
 
 def message(kind: str, what: str, where: str = "", hint: str = "") -> str:
-    """`error: ...`, `where: ...`, `hint: ...`, one line each; empty parts are left out."""
-    lines = [f"{kind}: {what}"]
-    if where:
-        lines.append(f"where: {where}")
-    if hint:
-        lines.append(f"hint: {hint}")
-    return "\n".join(lines)
+    """`error: ...`, `where: ...`, `hint: ...`, one line each; empty parts are left out.
+
+    Control characters become blanks: a video's name cannot break the layout, or colour the terminal.
+    """
+    lines = [f"{kind}: {what}", where and f"where: {where}", hint and f"hint: {hint}"]
+    return "\n".join(re.sub(r"[\x00-\x1f\x7f]", " ", line) for line in lines if line)
 
 
 def first_rank() -> bool:

@@ -283,7 +283,7 @@ def _validate(given: Mapping[str, _Given]) -> Settings:
             raise usage_error(
                 f"`{key}` is {toml_value(item.value)}, but it takes no truth value",
                 item.where,
-                _describe(key),
+                _meaning(key),
             )
         (nested.setdefault(section, {}) if dot else nested)[name] = item.value
     try:
@@ -297,7 +297,7 @@ def _validate(given: Mapping[str, _Given]) -> Settings:
     key = ".".join(parts[:2] if parts[0] in SECTIONS else parts[:1])
     item = given[key]
     message = re.sub(r"^(Input|String|List|Tuple) ", "", first["msg"])
-    raise usage_error(f"`{key}` is {item.value!r}, but it {message}", item.where, _describe(key))
+    raise usage_error(f"`{key}` is {item.value!r}, but it {message}", item.where, _meaning(key))
 
 
 def _where_of(message: str, given: Mapping[str, _Given]) -> str:
@@ -313,10 +313,15 @@ def _field(key: str) -> Any:
     return model.model_fields[name]
 
 
-def _describe(key: str) -> str:
+def describe(key: str) -> str:
+    """A setting in words: `optim.epochs: passes over the training videos (epochs)`."""
     field = _field(key)
     unit = field.json_schema_extra["unit"]
-    return f"{key}: {field.description}{f' ({unit})' if unit else ''}; default {toml_value(field.default)}"
+    return f"{key}: {field.description}{f' ({unit})' if unit else ''}"
+
+
+def _meaning(key: str) -> str:
+    return f"{describe(key)}; default {toml_value(_field(key).default)}"
 
 
 def toml_value(value: Any) -> str:

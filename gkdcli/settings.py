@@ -110,15 +110,24 @@ class ModelSettings(_Section):
         1.0, "multiplies every channel count, for small machines", "factor", ge=0.0625, le=2.0
     )
     dropout: float = _setting(0.5, "dropout before the classifier", "probability", ge=0.0, lt=1.0)
+    bn_momentum: float = _setting(
+        0.01,
+        "share of each batch in batch norm's running statistics; the published 0.01 lags in short runs",
+        "fraction",
+        gt=0.0,
+        le=1.0,
+    )
 
 
 class OptimSettings(_Section):
     """Optimisers of both stages (METHOD.md 4)."""
 
     algorithm: Literal["sgd", "adam"] = _setting("sgd", "optimiser of backbone, attention and head")
-    learning_rate: float = _setting(1e-3, "of backbone, attention and head", gt=0.0, le=10.0)
-    momentum: float = _setting(0.9, "of SGD", ge=0.0, lt=1.0)
-    weight_decay: float = _setting(5e-4, "coupled, the plain kind", ge=0.0, le=1.0)
+    learning_rate: float = _setting(1e-3, "learning rate of backbone, attention and head", gt=0.0, le=10.0)
+    momentum: float = _setting(0.9, "momentum of SGD", ge=0.0, lt=1.0)
+    weight_decay: float = _setting(
+        5e-4, "weight decay of backbone, attention and head; coupled, the plain kind", ge=0.0, le=1.0
+    )
     schedule: Literal["constant", "cosine"] = _setting(
         "constant", "learning rate over the run, both optimisers"
     )
@@ -130,8 +139,8 @@ class OptimSettings(_Section):
         1, "batches whose gradients are added up before a step", "batches", ge=1, le=4096
     )
     epochs: int = _setting(200, "passes over the training videos", "epochs", ge=1, le=100000)
-    generator_lr: float = _setting(1e-4, "of the CVAE (Adam)", gt=0.0, le=10.0)
-    generator_betas: tuple[Fraction, Fraction] = _setting((0.8, 0.999), "of the CVAE's Adam")
+    generator_lr: float = _setting(1e-4, "learning rate of the CVAE (Adam)", gt=0.0, le=10.0)
+    generator_betas: tuple[Fraction, Fraction] = _setting((0.8, 0.999), "betas of the CVAE's Adam")
 
 
 class DistillSettings(_Section):
@@ -162,7 +171,7 @@ class TrainSettings(_Section):
     init: str = _setting(
         "scratch", "the student's first weights: scratch, teacher, or a file or run", min_length=1
     )
-    seed: int = _setting(2020, "of weights, order, crops, noise and dropout", ge=0, lt=2**63)
+    seed: int = _setting(2020, "seed of weights, order, crops, noise and dropout", ge=0, lt=2**63)
     device: Literal["auto", "cpu", "cuda"] = _setting(
         "auto", "where networks run; auto: CUDA where there is one"
     )

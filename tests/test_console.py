@@ -17,6 +17,7 @@ def test_messages_have_one_line_each_for_what_where_and_hint() -> None:
         "error: it broke\nwhere: file.toml, line 3\nhint: mend it"
     )
     assert message("warning", "it creaks") == "warning: it creaks"
+    assert message("error", "one\ntwo", "\x1b[31mred.mp4") == "error: one two\nwhere:  [31mred.mp4"
 
 
 @pytest.mark.parametrize(

@@ -90,7 +90,7 @@ def test_what_the_published_presets_have_in_common(preset: str) -> None:
         assert (page.optim.momentum, page.optim.schedule, page.optim.warmup_epochs) == (0.9, "constant", 0)
         assert (page.train.schedule, page.train.init, page.train.seed) == ("epoch", "scratch", 2020)
         assert (page.model.teacher, page.model.student, page.model.width) == ("i3d", "top-i3d", 1.0)
-        assert page.model.dropout == 0.5
+        assert (page.model.dropout, page.model.bn_momentum) == (0.5, 0.01)
         assert page.data.holdout == 0
 
 

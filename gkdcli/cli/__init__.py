@@ -35,7 +35,6 @@ def run(arguments: list[str]) -> int:
             emit_json(_named_command(arguments), error=error)
         return int(error.code)
     except OSError:  # `gkd ... | head`: the reader has gone, which is its right
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 - the interpreter flushes it at exit
         return int(ExitCode.FAILED)
 
 

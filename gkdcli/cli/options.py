@@ -14,7 +14,7 @@ from typing import Annotated, Any, get_type_hints
 import typer
 
 from gkdcli.console import Console
-from gkdcli.resolve import Resolved, preset_names, resolve
+from gkdcli.resolve import Resolved, describe, preset_names, resolve
 from gkdcli.runs import Place
 
 DATA_PANEL, RUN_PANEL, OUTPUT_PANEL = "Data", "Running", "Output"
@@ -82,15 +82,6 @@ Backbone = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Kinetics weights of the backbone.", rich_help_panel=RUN_PANEL),
 ]
-Init = Annotated[
-    str | None,
-    typer.Option(
-        metavar="scratch|teacher|PATH",
-        help="train.init: the first weights.",
-        show_default=False,
-        rich_help_panel=RUN_PANEL,
-    ),
-]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the newest unfinished run.", rich_help_panel=RUN_PANEL)
 ]
@@ -102,16 +93,17 @@ MaxSteps = Annotated[
         rich_help_panel=RUN_PANEL,
     ),
 ]
-Epochs = Annotated[
-    int | None, typer.Option(min=1, help="optim.epochs", show_default=False, rich_help_panel=RUN_PANEL)
-]
-BatchSize = Annotated[
-    int | None, typer.Option(min=1, help="optim.batch_size", show_default=False, rich_help_panel=RUN_PANEL)
-]
-LearningRate = Annotated[
-    float | None,
-    typer.Option("--lr", help="optim.learning_rate", show_default=False, rich_help_panel=RUN_PANEL),
-]
+
+
+def _setting(name: str, flag: str, **given: Any) -> Any:
+    """A flag that stands for a setting: its words and its range are the setting's own."""
+    return typer.Option(flag, help=describe(name), show_default=False, rich_help_panel=RUN_PANEL, **given)
+
+
+Init = Annotated[str | None, _setting("train.init", "--init", metavar="scratch|teacher|PATH")]
+Epochs = Annotated[int | None, _setting("optim.epochs", "--epochs")]
+BatchSize = Annotated[int | None, _setting("optim.batch_size", "--batch-size")]
+LearningRate = Annotated[float | None, _setting("optim.learning_rate", "--lr")]
 RunFolder = Annotated[
     Path | None,
     typer.Option(
@@ -152,17 +144,12 @@ class Shared:
             "--set", metavar="KEY=VALUE", help="Any setting; repeat for more.", rich_help_panel=RUN_PANEL
         ),
     ] = field(default_factory=list)
-    seed: Annotated[
-        int | None, typer.Option(min=0, help="train.seed", show_default=False, rich_help_panel=RUN_PANEL)
-    ] = None
-    device: Annotated[
-        Device | None, typer.Option(help="train.device", show_default=False, rich_help_panel=RUN_PANEL)
-    ] = None
+    seed: Annotated[int | None, _setting("train.seed", "--seed")] = None
+    device: Annotated[Device | None, _setting("train.device", "--device")] = None
     workers: Annotated[
         int | None,
         typer.Option(
-            min=0,
-            help="Processes that decode videos or load clips.",
+            help="train.workers: processes that load clips; `prepare`: data.workers, that decode videos.",
             show_default=False,
             rich_help_panel=RUN_PANEL,
         ),

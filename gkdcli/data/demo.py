@@ -1,8 +1,8 @@
-"""The demo's own videos: textured shapes over textured grounds, told apart by their motion alone.
+"""The demo's own videos: one shape over a textured ground, told apart by its motion alone.
 
 A seed fixes shape, colours, ground, noise and the state in the middle of the video (place, size, angle); the
 class decides only how that state changes with time. So the middle frame of one seed is the same picture in
-every class, and places wrap around at the border, which keeps every other frame as uninformative.
+every class.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import av
 import numpy as np
@@ -42,7 +42,7 @@ REVERSE = {
 CLASSES = (*REVERSE, "sway", "bounce")
 
 FRAMES = 24  # a little longer than the demo's clips of 16, so that there are windows to choose from
-SIDE = 72  # px
+SIDE = 54  # px
 FPS = 24
 VERSION = 1  # of the drawing: raise it whenever the pixels change, and old videos are drawn again
 
@@ -61,117 +61,96 @@ def draw_clip(class_name: str, seed: int, frames: int = FRAMES, side: int = SIDE
 
     Args:
         class_name: one of `CLASSES`.
-        seed: of everything but the motion's kind.
-        frames: how many.
-        side: of the square picture in px; sizes and speeds scale with it.
+        seed: decides everything that the class does not.
+        frames: how many; the state is the seed's own in frame `frames // 2`.
+        side: of the square picture, px.
 
     Returns:
-        (T, H, W, 3) uint8, rgb.
+        (T, H, W, 3) uint8.
     """
     assert class_name in CLASSES, class_name
-    look = np.random.default_rng([seed, 0])
-    track = _track(class_name, frames, side, np.random.default_rng([seed, 1]))
+    look, motion = (np.random.default_rng([seed, part]) for part in (0, 1))
     y, x = np.mgrid[0:side, 0:side].astype(np.float32)
-
-    ground = _ground(x, y, side, look)  # (H, W, 3)
-    still = Track(*(np.zeros(1, np.float32),) * 4)
-    for _ in range(2):  # shapes that stay where they are
-        ground = _paint(ground, x, y, side, still, look)[0]
-
-    tremble = look.normal(0, 0.004 * side, (2, frames)).astype(np.float32)
-    picture = _paint(ground, x, y, side, track._replace(x=track.x + tremble[0], y=track.y + tremble[1]), look)
-    grain = look.integers(-5, 6, picture.shape, dtype=np.int8)
-    return np.clip(picture + grain, 0, 255).astype(np.uint8)
+    ground = _ground(x, y, side, look)
+    pictures = _paint(ground, x, y, side, _track(class_name, frames, side, motion), look)
+    noise = look.integers(-6, 7, pictures.shape, dtype=np.int8)
+    return np.asarray(np.clip(pictures + noise, 0, 255), np.uint8)
 
 
 def _track(class_name: str, frames: int, side: int, rng: np.random.Generator) -> Track:
-    """How the state moves away from that of the middle frame, where all four tracks are zero."""
-    t = (np.arange(frames) - frames // 2).astype(np.float32)
+    """The motion of a class, with random speed; every class draws the same numbers, so that seeds agree."""
+    t = np.arange(frames, dtype=np.float32) - frames // 2
+    speed = rng.uniform(0.022, 0.036) * side  # px per frame
+    growth = rng.uniform(0.05, 0.08)  # of the log size, per frame
+    spin = rng.uniform(0.13, 0.2)  # radians per frame
+    radius, orbit = rng.uniform(0.18, 0.26) * side, rng.uniform(0.2, 0.32)  # px, radians per frame
+    swing, period = rng.uniform(0.2, 0.28) * side, rng.uniform(11, 16)  # px, frames
+    phase = rng.uniform(0, 2 * np.pi)
     rest = np.zeros_like(t)
-    speed, phase, radius = rng.uniform(size=3)
-    phase *= 2 * np.pi
-    along = (0.022 + 0.020 * speed) * side * t  # 1.6 to 3 px a frame at 72 px
-    slope = rng.uniform(-0.12, 0.12) * along  # nobody walks a perfectly straight line
-    match class_name:
-        case "left":
-            track = (-along, slope, rest, rest)
-        case "right":
-            track = (along, slope, rest, rest)
-        case "up":
-            track = (slope, -along, rest, rest)
-        case "down":
-            track = (slope, along, rest, rest)
+    still = Track(rest, rest, rest, rest)
+    sense = -1 if class_name.endswith(("left", "up", "shrink", "-anticlockwise")) else 1
+    swinging = (swing * (np.sin(2 * np.pi / period * t + phase) - np.sin(phase))).astype(np.float32)
+    match class_name.partition("-")[0]:
+        case "left" | "right":
+            return still._replace(x=sense * speed * t)
+        case "up" | "down":
+            return still._replace(y=sense * speed * t)
         case "grow" | "shrink":
-            rate = (0.035 + 0.025 * speed) * t
-            track = (rest, rest, rate if class_name == "grow" else -rate, rest)
-        case "turn-clockwise" | "turn-anticlockwise":
-            rate = (0.10 + 0.10 * speed) * t
-            track = (rest, rest, rest, rate if class_name == "turn-clockwise" else -rate)
-        case "orbit-clockwise" | "orbit-anticlockwise":
-            turn = (0.30 + 0.15 * speed) * t * (1 if class_name == "orbit-clockwise" else -1)
-            reach = (0.11 + 0.06 * radius) * side
-            x = reach * (np.cos(turn + phase) - np.cos(phase))
-            track = (x, reach * (np.sin(turn + phase) - np.sin(phase)), rest, rest)
+            return still._replace(log_size=np.clip(sense * growth * t, -0.7, 0.7))
+        case "turn":
+            return still._replace(angle=sense * spin * t)
+        case "orbit":
+            turn = sense * orbit * t + phase
+            return still._replace(
+                x=radius * (np.cos(turn) - np.cos(phase)), y=radius * (np.sin(turn) - np.sin(phase))
+            )
+        case "sway":
+            return still._replace(x=swinging)
         case _:
-            reach = (0.10 + 0.06 * radius) * side
-            swing = reach * (np.sin((0.45 + 0.25 * speed) * t + phase) - np.sin(phase))
-            track = (swing, rest, rest, rest) if class_name == "sway" else (rest, swing, rest, rest)
-    return Track(*(values.astype(np.float32) for values in track))
+            return still._replace(y=swinging)
 
 
 def _ground(x: Floats, y: Floats, side: int, rng: np.random.Generator) -> Floats:
-    """A smooth, cloudy picture (H, W, 3), seamless at the border."""
-    base = rng.uniform(60, 195, 3)
-    wave = np.zeros((*x.shape, 3), np.float32)
+    """A dark colour with four faint waves, (H, W, 3)."""
+    ground = np.broadcast_to(rng.uniform(20, 90, 3), (*x.shape, 3)).astype(np.float32)
     for _ in range(4):
         fx, fy = rng.integers(-3, 4, 2)
-        pattern = np.sin(2 * np.pi / side * (fx * x + fy * y) + rng.uniform(0, 2 * np.pi))
-        wave += pattern[..., None] * rng.normal(0, 14, 3).astype(np.float32)
-    return (base + wave).astype(np.float32)
+        wave = np.sin(2 * np.pi / side * (fx * x + fy * y) + rng.uniform(0, 2 * np.pi))
+        ground = ground + wave[..., None] * rng.normal(0, 6, 3).astype(np.float32)
+    return ground
 
 
 def _paint(ground: Floats, x: Floats, y: Floats, side: int, track: Track, rng: np.random.Generator) -> Floats:
-    """Draws a convex, striped polygon over the ground (H, W, 3) or (T, H, W, 3) -> (T, H, W, 3)."""
-    x0, y0 = rng.uniform(0, side, 2)
-    size = rng.uniform(0.13, 0.19) * side
-    angle0 = rng.uniform(0, 2 * np.pi)
+    """A bright, longish polygon with one darker half, over the ground (H, W, 3) -> (T, H, W, 3)."""
+    x0, y0 = side / 2 + rng.uniform(-0.15, 0.15, 2) * side
+    size, angle = rng.uniform(0.24, 0.32) * side, rng.uniform(0, 2 * np.pi)
     corners = rng.choice([3, 4, 5, 6, 10])
     normals = 2 * np.pi * (np.arange(corners) + rng.uniform(-0.2, 0.2, corners)) / corners
-    widths = rng.uniform(0.6, 1.0, corners)
-    stripe, stripe_phase = rng.uniform(2.5, 5.5), rng.uniform(0, 2 * np.pi)
-    colours = _colours(ground.mean(axis=tuple(range(ground.ndim - 1))), rng)
+    widths, slimness = rng.uniform(0.7, 1.0, corners), rng.uniform(2.0, 3.0)
+    bright = rng.uniform(160, 250, 3)
+    dark = bright * rng.uniform(0.35, 0.6)
+    middle = rng.uniform(-0.2, 0.2)
 
-    def column(values: Floats) -> Floats:
-        return values[:, None, None]
+    def column(values: NDArray[np.floating[Any]]) -> Floats:
+        return np.asarray(values, np.float32)[:, None, None]
 
-    # Places wrap around: what leaves on one side comes back on the other.
+    # places wrap around: what leaves on one side comes back on the other
     dx = (x - column(x0 + track.x) + side / 2) % side - side / 2  # (T, H, W)
     dy = (y - column(y0 + track.y) + side / 2) % side - side / 2
-    scale = column(np.exp(track.log_size) * np.float32(size))
-    # Clockwise on the screen, where y points down, is a growing angle.
-    cos, sin = column(np.cos(angle0 + track.angle)), column(np.sin(angle0 + track.angle))
+    scale = column(np.exp(track.log_size) * size)
+    # clockwise on the screen, where y points down, is a growing angle
+    cos, sin = column(np.cos(angle + track.angle)), column(np.sin(angle + track.angle))
     u = (cos * dx + sin * dy) / scale
-    v = (cos * dy - sin * dx) / scale
-    outside = functools.reduce(
-        np.maximum,
-        (
-            u * np.float32(np.cos(a)) + v * np.float32(np.sin(a)) - np.float32(w)
-            for a, w in zip(normals, widths, strict=True)
-        ),
+    v = (cos * dy - sin * dx) / scale * np.float32(slimness)
+    edges = (
+        u * np.float32(np.cos(normal)) + v * np.float32(np.sin(normal)) - np.float32(width)
+        for normal, width in zip(normals, widths, strict=True)
     )
+    outside = functools.reduce(np.maximum, edges)
     cover = np.clip(0.5 - outside * scale, 0, 1)[..., None]  # one pixel of antialiasing
-    stripes = (0.5 + 0.5 * np.tanh(2.5 * np.sin(np.float32(stripe) * u + np.float32(stripe_phase))))[
-        ..., None
-    ]
-    colour = colours[0] + stripes * (colours[1] - colours[0])
-    return (ground + cover * (colour - ground)).astype(np.float32)
-
-
-def _colours(ground: Floats, rng: np.random.Generator) -> Floats:
-    """Two colours (2, 3), one brighter and one darker than the ground's mean."""
-    bright = ground + rng.uniform(35, 100) * rng.uniform(0.5, 1.0, 3)
-    dark = ground - rng.uniform(35, 100) * rng.uniform(0.5, 1.0, 3)
-    return np.clip(np.stack([bright, dark]), 5, 250).astype(np.float32)
+    shade = (0.5 + 0.5 * np.tanh(6 * (u + np.float32(middle))))[..., None]
+    colour = bright.astype(np.float32) + shade * (dark - bright).astype(np.float32)
+    return np.asarray(ground + cover * (colour - ground), np.float32)
 
 
 @dataclass(frozen=True)

@@ -83,10 +83,12 @@ def load(
             if isinstance(batch, GkdError):
                 raise batch
             yield batch
-    except RuntimeError as error:
+    except (RuntimeError, EOFError, ConnectionError) as error:
         raise lost_worker(error) or error from None
     finally:
-        del found  # its processes end here, not when a traceback lets go of it
+        # now, not when the last traceback lets go of it: until then PyTorch raises errors of dead workers
+        with contextlib.suppress(RuntimeError):
+            getattr(found, "_shutdown_workers", lambda: None)()
 
 
 @contextlib.contextmanager
@@ -100,16 +102,16 @@ def _signals_blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def lost_worker(error: RuntimeError) -> GkdError | None:
+def lost_worker(error: Exception) -> GkdError | None:
     """What PyTorch means where a loading process was killed; None for any other error.
 
-    It may be raised anywhere in the main thread, not only where a batch is awaited.
+    It may be a RuntimeError raised anywhere in the main thread, not only where a batch is awaited.
     """
-    if "DataLoader worker" not in str(error):
+    if isinstance(error, RuntimeError) and "DataLoader worker" not in str(error):
         return None
     return GkdError(
         "a process that loads clips has died",
-        str(error).splitlines()[0],
+        (str(error) or "its connection broke").splitlines()[0],
         "it may have run out of memory (main, or shared: /dev/shm): fewer `--workers`, or a smaller batch",
     )
 

@@ -23,6 +23,7 @@ class Recognizer(nn.Module):
         width: multiplies every channel count.
         dropout: probability before the classifier, for `dropout_shape`'s user; nothing is drawn here.
         attention: False for the plain student.
+        bn_momentum: share of each batch in batch norm's running statistics.
     """
 
     taps = ("Mixed_5c",)
@@ -38,6 +39,7 @@ class Recognizer(nn.Module):
         width: float = 1.0,
         dropout: float = 0.5,
         attention: bool = True,
+        bn_momentum: float = 0.01,
     ) -> None:
         super().__init__()
         self.shapes = {tap: tap_shape(tap, length, crop, width) for tap in self.taps}
@@ -46,6 +48,9 @@ class Recognizer(nn.Module):
         )
         self.dropout = dropout
         self.backbone = I3D(kind, channels, width)
+        for module in self.backbone.modules():
+            if isinstance(module, nn.BatchNorm3d):
+                module.momentum = bn_momentum
         self.attention = nn.ModuleDict()
         if attention:
             self.attention.update(

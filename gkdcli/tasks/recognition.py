@@ -29,6 +29,7 @@ def build_network(
         channels=CHANNELS[modality],
         width=settings.model.width,
         dropout=settings.model.dropout,
+        bn_momentum=settings.model.bn_momentum,
         attention=attention,
     )
 

@@ -47,6 +47,7 @@ def test_every_page_is_toml_with_an_origin_behind_each_value_and_nothing_is_open
     document = gkd(*words, "--json").must().json
     assert Settings.model_validate(document["result"]["settings"]) == settings
     assert document["result"]["origin"] == origins
+    assert gkd("--json", *words).must().json == document
     assert gkd(STAGES[stage], "--preset", preset, *words[2:]).must().out == outcome.out
     assert list(tmp_path.iterdir()) == []
 

@@ -318,7 +318,9 @@ def _start(root: Path) -> subprocess.Popen[str]:
     )
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)]
+)
 def test_a_stopped_run_is_continued_to_an_equal_store(
     tmp_path: Path, number: signal.Signals, long: tuple[Path, dict[str, Any]]
 ) -> None:
@@ -358,8 +360,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize("storage", ["jpeg", "raw"])
-@pytest.mark.parametrize("left", [40_000, 140_000])
+@pytest.mark.parametrize(("storage", "left"), [("jpeg", 40_000), ("jpeg", 140_000), ("raw", 140_000)])
 def test_a_full_disk_ends_the_run_and_leaves_whole_parts(
     tmp_path: Path, small_disk: Path, storage: str, left: int
 ) -> None:

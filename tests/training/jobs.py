@@ -68,12 +68,8 @@ def networks(settings: Settings, classes: int, distilling: bool = True) -> Netwo
     if not distilling:
         return Networks(student, build_cvae(student))
     teacher = recognition.build_network(settings, "teacher", classes, "rgb")
-    teacher.train()
-    with torch.no_grad():
-        for _ in range(3):
-            teacher.features(
-                torch.randn(4, 3, settings.clips.length, settings.clips.crop, settings.clips.crop)
-            )
+    crop = settings.clips.crop
+    settle(teacher, torch.randn(4, 3, settings.clips.length, crop, crop))
     return Networks(student, build_cvae(student), teacher, build_cvae(teacher))
 
 
@@ -100,6 +96,19 @@ def trainer_of(
         resume_command="gkd distill tiny --resume",
     )
     return Trainer(job, run, Console(quiet=True), Fabric(accelerator="cpu", devices=1))
+
+
+def settle(network: Any, clips: torch.Tensor) -> None:
+    """Gives batch norm the statistics of these normalised clips: a fresh network is all but blind to them."""
+    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm3d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None  # the plain mean of what it has seen
+    with torch.no_grad():
+        network.train().features(clips)
+    for norm in norms:
+        norm.momentum = 0.01
+    network.eval()
 
 
 def metrics_of(run: Run) -> list[dict[str, Any]]:

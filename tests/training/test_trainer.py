@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable
@@ -29,6 +30,7 @@ from tests.training.jobs import (
     copied,
     metrics_of,
     page,
+    settle,
     store_of,
     trainer_of,
     untimed,
@@ -146,28 +148,37 @@ def test_crashed_and_resumed_equals_undisturbed(
     assert_same(trainer.run, undisturbed(page(train__schedule=schedule, optim__algorithm=algorithm)))
 
 
-def test_workers_and_checkpoints_do_not_change_a_run(tmp_path: Path, store, undisturbed):
-    """Two loading processes read ahead across both epochs; a checkpoint follows every step."""
-    settings = page(train__workers=2, train__checkpoint_minutes=FINE)
-    trainer = trainer_of(tmp_path, store, settings, validate=lambda: 0.5)
+def test_a_loading_process_and_checkpoints_do_not_change_a_run(tmp_path: Path, store, undisturbed):
+    """It reads ahead across epochs, a checkpoint follows every step, and it goes when the run is stopped."""
+    settings = page(train__workers=1, train__checkpoint_minutes=FINE)
+    trainer = trainer_of(tmp_path, store, settings, supervised=signalling(6), validate=lambda: 0.5)
+    with pytest.raises(Interrupted, match="epoch 2, step 6"):
+        trainer.fit(None)
+    assert multiprocessing.active_children() == []
+    trainer = resumed(trainer, store, page())
     trainer.fit(None)
     assert_same(trainer.run, undisturbed(page()))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_one_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path, store, undisturbed, number):
+def signalling(call: int, number: int = signal.SIGINT) -> Callable[..., Any]:
+    """Supervised terms that, at one call, send this process a signal."""
     calls = 0
 
-    def interrupting(*arguments: Any) -> Any:
+    def supervised(*arguments: Any) -> Any:
         nonlocal calls
         calls += 1
-        if calls == 3:
+        if calls == call:
             os.kill(os.getpid(), number)
         return recognition.supervised_terms(*arguments)
 
+    return supervised
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_one_signal_finishes_the_step_saves_and_says_how_to_go_on(tmp_path: Path, store, undisturbed, number):
     settings = page(optim__accumulation=2)
     before = signal.getsignal(number)
-    trainer = trainer_of(tmp_path, store, settings, supervised=interrupting, validate=lambda: 0.5)
+    trainer = trainer_of(tmp_path, store, settings, supervised=signalling(3, number), validate=lambda: 0.5)
     with pytest.raises(Interrupted, match="epoch 2, step 4") as caught:  # the group of the third ends there
         trainer.fit(None)
     assert signal.getsignal(number) is before
@@ -269,14 +280,11 @@ def small_disk(tmp_path: Path) -> Any:
 def frozen_statistics(trainer: Trainer) -> None:
     """Batch norm by its running statistics: then the gradient of a batch is the mean over its clips."""
     student = trainer.job.networks.student
-    norms = [module for module in student.modules() if isinstance(module, torch.nn.BatchNorm3d)]
-    for norm in norms:
-        norm.momentum = None  # the plain mean of what it has seen
     (batch,) = load(trainer.job.dataset, [[(video, 1, 1) for video in range(7)]], workers=0)
-    with torch.no_grad():
-        student.train().features(normalise(batch.clips, trainer.job.settings.clips))
-    for norm in norms:
-        norm.eval().train = lambda mode=True, module=norm: module
+    settle(student, normalise(batch.clips, trainer.job.settings.clips))
+    for module in student.modules():
+        if isinstance(module, torch.nn.BatchNorm3d):
+            module.train = lambda mode=True, norm=module: norm
 
 
 @pytest.mark.parametrize(("small", "times", "large"), [(2, 2, 4), (1, 3, 3), (2, 3, 6), (3, 5, 15)])
@@ -330,6 +338,17 @@ def test_every_term_is_logged_under_its_own_name(undisturbed, schedule):
         assert line["loss"] == pytest.approx(total, rel=1e-5)
     parts = [line["part"] for line in steps if line["epoch"] == 1]
     assert parts == (["network"] * 4 if schedule == "step" else ["generator"] * 4 + ["network"] * 4)
+
+
+def test_the_reconstruction_weight_ramps_up_over_the_whole_run_where_told_so(tmp_path: Path, store):
+    trainer = trainer_of(tmp_path, store, page(distill__ramp_epochs=0, distill__beta=0.0))
+    trainer.fit(None)
+    for line in metrics_of(trainer.run):
+        if "loss" in line:
+            rest = line["loss"] - line["classification"] - line["cvae_kl.Mixed_5c"]
+            rest -= line["cvae_reconstruction.Mixed_5c"] + 0.01 * line["generative_distillation.Mixed_5c"]
+            weight = rest / line["reconstruction.Mixed_5c"]
+            assert weight == pytest.approx(0.5 * line["epoch"] / 2, rel=1e-3)
 
 
 @pytest.mark.parametrize("schedule", ["step", "epoch"])
