@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import warnings
 from pathlib import Path
@@ -208,8 +209,8 @@ def _write_onnx(
         onnx.save(model, str(temporary))
         onnx.checker.check_model(str(temporary))
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
-        difference = max(_difference(network, session, shape, batch) for batch in (1, 3, 5))
-        if not difference <= settings.tolerance:
+        difference, rounding = _differences(network, session, shape)
+        if not difference <= max(settings.tolerance, 10 * rounding):
             raise GkdError(
                 f"the ONNX graph differs from the live model by {difference:.2g} of the logits' size",
                 str(path),
@@ -223,9 +224,21 @@ def _write_onnx(
     }
 
 
-def _difference(network: Recognizer, session: Any, shape: tuple[int, ...], batch: int) -> float:
-    clip = np.random.default_rng(batch).standard_normal((batch, *shape), dtype=np.float32)
-    with torch.inference_mode():
-        live = network(torch.from_numpy(clip)).numpy()
-    (exported,) = session.run(None, {"clip": clip})
-    return float(np.abs(exported - live).max() / max(np.abs(live).max(), 1e-12))
+def _differences(network: Recognizer, session: Any, shape: tuple[int, ...]) -> tuple[float, float]:
+    """How far the graph, and the live model by float32 rounding, are from the model in float64.
+
+    Relative to the largest logit, over batches of 1 and 3. Normalising few values magnifies rounding, in narrow
+    networks beyond any fixed tolerance: no graph need be better than the model itself by much.
+    """
+    exact = copy.deepcopy(network).double()
+    difference = rounding = 0.0
+    for batch in (1, 3):
+        clip = np.random.default_rng(batch).standard_normal((batch, *shape), dtype=np.float32)
+        with torch.inference_mode():
+            wanted = exact(torch.from_numpy(clip).double()).numpy()
+            live = network(torch.from_numpy(clip)).numpy()
+        (exported,) = session.run(None, {"clip": clip})
+        size = max(np.abs(wanted).max(), 1e-12)
+        difference = max(difference, float(np.abs(exported - wanted).max() / size))
+        rounding = max(rounding, float(np.abs(live - wanted).max() / size))
+    return difference, rounding

@@ -155,8 +155,9 @@ def _result(place: Place, console: Console, listing: Listing, report: Report) ->
         return Result(payload, next=then)
     tsv = place.store_folder / f"{place.modality}.rejected.tsv"
     path, reason = report.rejected[0]
+    listed = len(listing.sources) + len(listing.rejects)
     console.warn(
-        f"{len(report.rejected)} of {len(listing.sources) + len(listing.rejects)} videos are not in the store",
+        f"{len(report.rejected)} of {listed} videos are not in the store",
         f"{tsv}; first: {path}, {reason}",
         "replace the files and run the same command again; changed ones are tried again, all with --retry",
     )

@@ -105,9 +105,7 @@ def train(
         trainer = Trainer(job, run, console, fabric)
         if resume:
             trainer.restore()
-            console.note(
-                f"continuing {run.folder} at epoch {trainer.epoch}, step {trainer.position.step}"
-            )
+            console.note(f"continuing {run.folder} at epoch {trainer.epoch}, step {trainer.position.step}")
         run.update(state="running")
         trainer.fit(max_steps)
         draw_curves(run.metrics, run.folder / "curves.png")
@@ -271,6 +269,7 @@ def _trained(place: Place, stage: str, run: Run) -> Result:
     }
     then = place.command("distill") if stage == "pretrain" else place.command("evaluate")
     if record["state"] == "cut":
-        then = f"`{place.command(STAGE_FOLDER[stage], '--resume')}` (this run was cut short and is never chosen silently)"
-        return Result(payload, str(run.folder), next=f"next: {then}")
+        then = place.command(STAGE_FOLDER[stage], "--resume")
+        cut = "this run was cut short and is never chosen silently"
+        return Result(payload, str(run.folder), next=f"next: `{then}` ({cut})")
     return Result(payload, str(run.folder), next=f"next: `{then}`")
