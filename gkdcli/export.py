@@ -227,8 +227,8 @@ def _write_onnx(
 def _differences(network: Recognizer, session: Any, shape: tuple[int, ...]) -> tuple[float, float]:
     """How far the graph, and the live model by float32 rounding, are from the model in float64.
 
-    Relative to the largest logit, over batches of 1 and 3. Normalising few values magnifies rounding, in narrow
-    networks beyond any fixed tolerance: no graph need be better than the model itself by much.
+    Relative to the largest logit, over batches of 1 and 3. Normalising few values magnifies rounding, in
+    narrow networks beyond any fixed tolerance, and the graph need not be better than the model itself.
     """
     exact = copy.deepcopy(network).double()
     difference = rounding = 0.0

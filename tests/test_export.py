@@ -220,7 +220,7 @@ def test_a_graph_that_disagrees_is_refused_and_leaves_nothing(evaluated, tmp_pat
         return export(changed, *arguments, **options)
 
     monkeypatch.setattr(torch.onnx, "export", other)
-    with pytest.raises(GkdError, match="differs from the live model by 0.0") as caught:
+    with pytest.raises(GkdError, match=r"differs from the live model by 0\.0") as caught:
         write_export(
             evaluated, rebuild(evaluated), ExportSettings(), ["safetensors", "onnx"], tmp_path / "out"
         )
