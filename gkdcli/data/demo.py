@@ -44,7 +44,7 @@ CLASSES = (*REVERSE, "sway", "bounce")
 FRAMES = 24  # a little longer than the demo's clips of 16, so that there are windows to choose from
 SIDE = 54  # px
 FPS = 24
-VERSION = 1  # of the drawing: raise it whenever the pixels change, and old videos are drawn again
+VERSION = 2  # of the drawing: raise it whenever the pixels change, and old videos are drawn again
 
 
 class Track(NamedTuple):
@@ -181,20 +181,11 @@ def draw_videos(
         How many were drawn.
 
     Raises:
-        GkdError: the folder holds videos that this function has not drawn.
+        GkdError: the folder holds videos that this function has not drawn, or cannot be written to.
     """
     recipe = {"seed": seed, "version": VERSION}
     kept = _kept_recipe(folder)
-    videos = [
-        _Video(
-            folder / subset / name / f"{name}_{subset}_{number:04d}.mp4",
-            name,
-            int(np.random.SeedSequence([seed, part, label, number]).generate_state(1)[0]),
-        )
-        for part, (subset, count) in enumerate(per_class.items())
-        for label, name in enumerate(CLASSES)
-        for number in range(count)
-    ]
+    videos = _plan(folder, per_class, seed)
     if kept is not None and kept != recipe:
         for subset in per_class:
             shutil.rmtree(folder / subset, ignore_errors=True)
@@ -210,12 +201,31 @@ def draw_videos(
         while waiting or crew.busy:
             while waiting and crew.give(waiting[-1]):
                 waiting.pop()
-            for _, result in crew.collect(0.2):
-                assert not isinstance(result, Crashed), "drawing does not crash"
+            for video, result in crew.collect(0.2):
+                if result is not None:
+                    reason = "its process was killed" if isinstance(result, Crashed) else result
+                    raise GkdError(
+                        f"a video of the demo could not be drawn: {reason}",
+                        str(video.path),
+                        "`gkd prepare` with the same words draws the missing ones",
+                    )
                 done += 1
                 if progress:
                     progress(done, len(videos))
     return len(missing)
+
+
+def _plan(folder: Path, per_class: Mapping[str, int], seed: int) -> list[_Video]:
+    return [
+        _Video(
+            folder / subset / name / f"{name}_{subset}_{number:04d}.mp4",
+            name,
+            int(np.random.SeedSequence([seed, part, label, number]).generate_state(1)[0]),
+        )
+        for part, (subset, count) in enumerate(per_class.items())
+        for label, name in enumerate(CLASSES)
+        for number in range(count)
+    ]
 
 
 def _kept_recipe(folder: Path) -> dict[str, int] | None:
@@ -235,15 +245,23 @@ def _kept_recipe(folder: Path) -> dict[str, int] | None:
         return {}
 
 
-def _write_video(video: _Video) -> None:
-    write_clip(video.path, video.class_name, video.seed)
+def _write_video(video: _Video) -> str | None:
+    """Runs in a worker: None, or why the file could not be written (a full disk, a read-only folder)."""
+    try:
+        write_clip(video.path, video.class_name, video.seed)
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
 
 
 def write_clip(path: Path, class_name: str, seed: int) -> None:
     """Draws a video and writes it as MP4 (H.264, MPEG-4 where FFmpeg was built without x264)."""
     pixels = draw_clip(class_name, seed)
     coder = "libx264" if "libx264" in av.codec.codecs_available else "mpeg4"
-    options = {"crf": "18", "preset": "veryfast", "threads": "1"} if coder == "libx264" else {"qscale": "3"}
+    options = {"qscale": "3"}
+    if coder == "libx264":
+        # without `cpu-independent` x264's vector code gives other bytes now and then, for the same pixels
+        options = {"crf": "18", "preset": "veryfast", "threads": "1", "x264-params": "cpu-independent=1"}
     with files.atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
         stream = container.add_stream(coder, rate=FPS, options=options)
         stream.width, stream.height, stream.pix_fmt = pixels.shape[2], pixels.shape[1], "yuv420p"

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from gkdcli.data.demo import CLASSES, FRAMES, REVERSE, SIDE, draw_clip, draw_videos
+from gkdcli.data.demo import CLASSES, FRAMES, REVERSE, SIDE, _plan, draw_clip, draw_videos
 from gkdcli.errors import GkdError
 
 MIDDLE = FRAMES // 2
@@ -69,7 +69,7 @@ def test_growing_grows_and_shrinking_shrinks() -> None:
 
 @pytest.mark.parametrize("kind", ["orbit", "turn"])
 def test_clockwise_is_clockwise_on_the_screen(kind: str) -> None:
-    """A bright spot on a circle bends to the right where y points down (in a turn, the shape's bright half)."""
+    """A bright spot on a circle bends to the right; in a turn that spot is the shape's bright half."""
     for name, sign in ((f"{kind}-clockwise", 1), (f"{kind}-anticlockwise", -1)):
         bends = []
         for seed in SEEDS:
@@ -137,9 +137,7 @@ def test_what_is_drawn_is_kept_and_what_is_missing_is_drawn(tmp_path: Path) -> N
     assert all(path.stat().st_mtime_ns == before[path][0] for path in before if path != lost)
 
     assert draw_videos(tmp_path, {"train": 1, "test": 0}, 1, 1) == 0
-    assert {path.parent.parent.name for path in _videos(tmp_path)} == {"train"}, (
-        "a smaller set leaves no rest"
-    )
+    assert {path.parent.parent.name for path in _videos(tmp_path)} == {"train"}, "no rest"
 
 
 def test_another_seed_or_drawing_draws_everything_anew(tmp_path: Path) -> None:
@@ -163,6 +161,22 @@ def test_a_folder_with_foreign_files_is_refused_and_left_alone(tmp_path: Path) -
     assert caught.value.where == str(tmp_path)
     assert mine.read_bytes() == b"precious"
     assert list(tmp_path.rglob("*.*")) == [mine]
+
+
+def test_a_video_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    """A full disk or a file in the way is the user's matter: said plainly, with the path."""
+    draw_videos(tmp_path, {"train": 0, "test": 0}, 1, 1)  # leaves its marker, so the folder is ours
+    (tmp_path / "train").write_text("in the way of a folder")
+    with pytest.raises(GkdError, match="could not be drawn") as caught:
+        draw_videos(tmp_path, {"train": 1, "test": 0}, 1, 1)
+    assert caught.value.where.startswith(str(tmp_path / "train"))
+    assert "draws the missing ones" in caught.value.hint
+
+
+def test_the_training_and_test_videos_of_the_demo_share_no_seed() -> None:
+    """The scheme of `draw_videos` at the demo's size: seeds of 32 bits could collide, these do not."""
+    seeds = [video.seed for video in _plan(Path(), {"train": 60, "test": 20}, 2020)]
+    assert len(set(seeds)) == len(seeds) == 80 * len(CLASSES)
 
 
 def _videos(folder: Path) -> list[Path]:
