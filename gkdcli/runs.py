@@ -21,7 +21,14 @@ from gkdcli.settings import STAGES, Settings
 STAGE_FOLDER = {stage: STAGES[stage] for stage in ("pretrain", "distill")}
 SCHEMA = 1
 # what may differ between a run and its continuation (DESIGN: epochs, device, workers, progress)
-RESUMABLE = {"optim.epochs", "train.device", "train.workers", "train.checkpoint_minutes", "data.workers"}
+RESUMABLE = {
+    "optim.epochs",
+    "train.device",
+    "train.workers",
+    "train.threads",
+    "train.checkpoint_minutes",
+    "data.workers",
+}
 _RECORD = {"schema", "state", "stage", "modality", "split", "recipe", "method", "classes"}
 
 

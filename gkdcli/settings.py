@@ -178,6 +178,13 @@ class TrainSettings(_Section):
     workers: int = _setting(
         0, "processes that load clips; 0: the training process itself", "processes", ge=0, le=256
     )
+    threads: int = _setting(
+        0,
+        "of the CPU within an operation; 0: PyTorch's choice; tiny networks gain nothing from more than 1",
+        "threads",
+        ge=0,
+        le=1024,
+    )
     checkpoint_minutes: float = _setting(
         10.0, "a checkpoint is also written this often within an epoch", "minutes", gt=0.0
     )

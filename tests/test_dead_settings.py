@@ -184,6 +184,16 @@ def where_it_runs(house: House, sets: list[str]) -> tuple[int, bool]:
     return outcome.code, "steps on cpu" in outcome.err
 
 
+def threads(house: House, sets: list[str]) -> int:
+    """How many PyTorch was told to use."""
+    before = torch.get_num_threads()
+    try:
+        house.train(sets, house.root()).must()
+        return torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+
+
 def batches_of_evaluation(house: House, sets: list[str]) -> set[int]:
     """The sizes that the first layer sees."""
     seen: list[int] = []
@@ -291,6 +301,7 @@ ROWS = [
     Row("train.seed", "1", weights),
     Row("train.device", "cuda", where_it_runs, ("train.device=cpu",)),
     Row("train.workers", "1", processes("distill")),
+    Row("train.threads", "2", threads, ("train.threads=1",)),
     Row("train.checkpoint_minutes", "1e-9", checkpoints),
     Row("eval.batch_size", "5", batches_of_evaluation),
     Row("export.opset", "21", graph),

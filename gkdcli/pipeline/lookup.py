@@ -44,8 +44,16 @@ def find_run(place: Place, console: Console, model: str, run_path: Path | None, 
     if run_path is None:
         run = newest_complete(place, stage, store.classes)
         console.note(f"{model}: {run.folder} (newest that fits; `--run PATH` names another)")
-        return run
-    run = open_run(run_path)
+    else:
+        run = open_run(run_path)
+        _require_like(run, place, store)
+    if run.record["store"]["fingerprint"] != store.fingerprint:
+        console.warn("the store has changed since this run was trained on it", str(run.folder))
+    return run
+
+
+def _require_like(run: Run, place: Place, store: Store) -> None:
+    """A run named by hand must be of the store's classes, and of the split and modality asked for."""
     for key, wanted in (("classes", store.classes), ("split", place.split), ("modality", place.modality)):
         if run.record[key] != wanted:
             known = (
@@ -62,4 +70,3 @@ def find_run(place: Place, console: Console, model: str, run_path: Path | None, 
             str(run.folder),
             f"`{place.command(STAGE_FOLDER[run.record['stage']], '--resume')}`",
         )
-    return run

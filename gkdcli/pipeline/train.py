@@ -16,6 +16,7 @@ from gkdcli.data.store import Store
 from gkdcli.errors import GkdError
 from gkdcli.evaluation.predict import predict
 from gkdcli.evaluation.scores import class_scores
+from gkdcli.files import free_bytes
 from gkdcli.models.cost import cost
 from gkdcli.models.layers import initialise
 from gkdcli.models.recognizer import Recognizer, build_cvae
@@ -81,12 +82,12 @@ def train(
     settings = place.settings
     videos, held = hold_out(store.videos, store.split(place.split, "train"), settings.data.holdout)
     teacher_run = _find_teacher(place, console, stage, store, teacher)
-    networks, began = _build_networks(place, stage, store, teacher_run, backbone)
-    dataset = ClipDataset(store, videos, settings.clips, settings.recipe, settings.train.seed)
-    plan = _plan(place, stage, networks, dataset, held, max_steps, teacher_run)
+    plan = _plan(place, stage, len(store.classes), len(videos), len(held), max_steps, teacher_run)
     if dry_run:
         return Result(plan)
     device = chosen_device(settings)
+    networks, began = _build_networks(place, stage, store, teacher_run, backbone)
+    dataset = ClipDataset(store, videos, settings.clips, settings.recipe, settings.train.seed)
     fabric = Fabric(accelerator=device.type, devices=1)
     if run is None:
         run = create_run(place, stage, _record(place, store, held, teacher_run, began, plan))
@@ -129,6 +130,8 @@ def _find_teacher(place: Place, console: Console, stage: str, store: Store, give
             f"`--modality {found.record['modality']}`",
         )
     require_same_clip(found, settings)
+    if found.record["store"]["fingerprint"] != store.fingerprint:
+        console.warn("the store has changed since the teacher was trained on it", str(found.folder))
     console.note(
         f"teacher: {found.folder}" + ("" if given else " (newest that fits; `--teacher PATH` names another)")
     )
@@ -166,25 +169,23 @@ def _build_networks(
 def _plan(
     place: Place,
     stage: str,
-    networks: Networks,
-    dataset: ClipDataset,
-    held: list[int],
+    classes: int,
+    videos: int,
+    held: int,
     max_steps: int | None,
     teacher_run: Run | None,
 ) -> dict[str, Any]:
+    """What would be done; networks are counted on the meta device, without memory."""
     settings = place.settings
-    channels = CHANNELS[place.modality]
-    clip = (channels, settings.clips.length, settings.clips.crop, settings.clips.crop)
-    attention = bool(networks.student.attention)
-    found = cost(
-        lambda: recognition.build_network(
-            settings, ROLE[stage], len(dataset.store.classes), place.modality, attention
-        ),
-        clip,
-    )
-    generators = networks.generators
-    parts = 2 if generators is not None and settings.train.schedule == "epoch" else 1
-    steps = settings.optim.epochs * parts * -(-len(dataset) // settings.optim.batch_size)
+    plain = stage == "distill" and settings.distill.method == "none"
+    clip = (CHANNELS[place.modality], settings.clips.length, settings.clips.crop, settings.clips.crop)
+    build = partial(recognition.build_network, settings, ROLE[stage], classes, place.modality, not plain)
+    found = cost(build, clip)
+    with torch.device("meta"):
+        generators = 0 if plain else sum(part.numel() for part in build_cvae(build()).parameters())
+    moments = 1 if settings.optim.algorithm == "sgd" else 2
+    parts = 2 if not plain and settings.train.schedule == "epoch" else 1
+    steps = settings.optim.epochs * parts * -(-videos // settings.optim.batch_size)
     return {
         "stage": STAGE_FOLDER[stage],
         "preset": settings.name,
@@ -194,16 +195,18 @@ def _plan(
         "schedule": settings.train.schedule,
         "init": settings.train.init,
         "teacher": str(teacher_run.folder) if teacher_run else None,
-        "classes": len(dataset.store.classes),
-        "training_videos": len(dataset),
-        "held_out_videos": len(held),
+        "classes": classes,
+        "training_videos": videos,
+        "held_out_videos": held,
         "epochs": settings.optim.epochs,
         "steps": min(steps, max_steps or steps),
         "batch_size": settings.optim.batch_size,
-        "clip": f"{clip[0]}x{clip[1]}x{clip[2]}x{clip[3]}",
+        "clip": "x".join(map(str, clip)),
         "parameters": found.parameters,
         "gmac": found.gmac,
-        "cvae_parameters": sum(p.numel() for p in generators.parameters()) if generators is not None else 0,
+        "cvae_parameters": generators,
+        "checkpoint_bytes": 4 * ((1 + moments) * found.parameters + 3 * generators),
+        "free_bytes": free_bytes(place.root),
         "runs": str(place.runs(stage)),
     }
 

@@ -145,11 +145,13 @@ test_dataset.__test__ = False  # type: ignore[attr-defined]
 
 
 def chosen_device(settings: Settings) -> torch.device:
-    """`train.device`, where auto means CUDA if there is one.
+    """`train.device`, where auto means CUDA if there is one; sets the threads of the CPU.
 
     Raises:
         GkdError: CUDA was asked for and there is none.
     """
+    if settings.train.threads:
+        torch.set_num_threads(settings.train.threads)
     name = settings.train.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
