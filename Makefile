@@ -33,6 +33,8 @@ check: $(STAMP)  ## format, lint, types, import contract
 	$(BIN)/mypy
 	$(BIN)/lint-imports --config pyproject.toml
 
+# two processes of one thread each: threads that wait for each other's cores are many times slower
+test: export OMP_NUM_THREADS := 1
 test: check  ## check, then everything a change must pass
 	$(BIN)/python -m pytest -n 2 --dist loadscope tests
 
