@@ -180,7 +180,7 @@ class TrainSettings(_Section):
     )
     threads: int = _setting(
         0,
-        "of the CPU within an operation; 0: PyTorch's choice; tiny networks gain nothing from more than 1",
+        "of the CPU within an operation; 0: PyTorch's choice; small networks lose much to waiting threads on a busy machine",
         "threads",
         ge=0,
         le=1024,

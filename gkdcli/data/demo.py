@@ -189,6 +189,7 @@ def draw_videos(
     if kept is not None and kept != recipe:
         for subset in per_class:
             shutil.rmtree(folder / subset, ignore_errors=True)
+    files.sweep_temporaries(folder)  # of a run that was killed
     files.write_json(folder / "drawn.json", recipe)
     wanted = {video.path for video in videos}
     for path in folder.glob("*/*/*.mp4"):  # a smaller set was asked for

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from gkdcli.data.clips import ClipDataset, load, normalise, test_order
+from gkdcli.data.clips import ClipDataset, normalise
 from gkdcli.data.demo import REVERSE
+from gkdcli.data.loader import load, test_order
 from gkdcli.data.store import Store
 from gkdcli.runs import Run
 from gkdcli.tasks.trained import rebuild
