@@ -180,7 +180,7 @@ class TrainSettings(_Section):
     )
     threads: int = _setting(
         0,
-        "of the CPU within an operation; 0: PyTorch's choice; small networks lose much to waiting threads on a busy machine",
+        "of the CPU within an operation; 0: PyTorch's choice; on a busy machine threads that wait cost much",
         "threads",
         ge=0,
         le=1024,
