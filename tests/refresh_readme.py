@@ -48,7 +48,8 @@ def _show(command: str, folder: Path, failing: bool = False) -> str:
     sys.stderr.write(f"$ {command}\n{output}\n")
     if bool(code) != failing:
         sys.exit(f"`{command}` ended with {code}")
-    return f"$ {command}\n{output.rstrip()}\n" + ("" if failing else "\n")
+    output = "\n".join(line for line in output.rstrip().splitlines() if " s left" not in line)
+    return f"$ {command}\n{output}\n" + ("" if failing else "\n")
 
 
 def _figures(document: dict[str, dict[str, list[dict[str, float]]]], seconds: float) -> str:
