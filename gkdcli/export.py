@@ -210,7 +210,8 @@ def _write_onnx(
         onnx.checker.check_model(str(temporary))
         session = onnxruntime.InferenceSession(str(temporary), providers=["CPUExecutionProvider"])
         difference, rounding = _differences(network, session, shape)
-        if not difference <= max(settings.tolerance, 10 * rounding):
+        accepted = max(settings.tolerance, 10 * rounding)
+        if not difference <= accepted:
             raise GkdError(
                 f"the ONNX graph differs from the live model by {difference:.2g} of the logits' size",
                 str(path),
@@ -221,6 +222,7 @@ def _write_onnx(
         "bytes": path.stat().st_size,
         "opset": settings.opset,
         "largest_relative_difference": difference,
+        "accepted_difference": accepted,
     }
 
 

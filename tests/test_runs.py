@@ -288,7 +288,13 @@ def test_a_run_goes_on_with_its_own_settings_whatever_the_preset_says_now(tmp_pa
 def test_settings_that_may_change_do_and_the_others_are_refused_with_a_diff(tmp_path: Path) -> None:
     place = _place(tmp_path, "clips.length=16", "optim.batch_size=16")
     run = create_run(place, "distill", {"classes": CLASSES})
-    allowed = {"optim.epochs": 99, "train.device": "cpu", "train.workers": 3, "train.checkpoint_minutes": 1.5}
+    allowed = {
+        "optim.epochs": 99,
+        "train.device": "cpu",
+        "train.workers": 3,
+        "train.threads": 2,
+        "train.checkpoint_minutes": 1.5,
+    }
     sets = [f"{key}={value}" for key, value in allowed.items()]
     found = resumed_settings(run, _place(tmp_path, *sets, "clips.length=16", "data.workers=2"))
     for key, value in allowed.items():
