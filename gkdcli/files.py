@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -139,6 +140,16 @@ def free_bytes(folder: Path) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
+
+
+def disk_is_full(error: BaseException) -> bool:
+    """Whether a failed write failed for want of space; HDF5 and safetensors put that into their text."""
+    text = str(error)
+    return (
+        getattr(error, "errno", None) == errno.ENOSPC
+        or f"errno = {errno.ENOSPC}" in text
+        or "No space" in text
+    )
 
 
 def human_bytes(count: float) -> str:

@@ -21,7 +21,7 @@ from gkdcli.data.rejects import Reject, cell, read_rejects, write_rejects
 from gkdcli.data.store import build_index, mark_unfinished, setting_differences, written_settings
 from gkdcli.data.workers import Crashed, Crew, available_cores
 from gkdcli.errors import GkdError, Interrupted
-from gkdcli.files import free_bytes, human_bytes, locked, sweep_temporaries
+from gkdcli.files import disk_is_full, free_bytes, human_bytes, locked, sweep_temporaries
 from gkdcli.settings import DataSettings
 
 Progress = Callable[[int, int, str, int], None]
@@ -298,8 +298,7 @@ def _full(folder: Path) -> GkdError:
 
 
 def _write_error(folder: Path, error: OSError) -> GkdError:
-    # HDF5 puts the number into its text
-    if error.errno == errno.ENOSPC or f"errno = {errno.ENOSPC}" in str(error):
+    if disk_is_full(error):
         return _full(folder)
     return GkdError(
         "the store cannot be written",

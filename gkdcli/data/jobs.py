@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import json
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from gkdcli.data.annotations import Source
 from gkdcli.data.parts import PartWriter
 from gkdcli.data.video import BadVideo, VideoReader, stored_size
+from gkdcli.files import disk_is_full
 from gkdcli.runs import version
 from gkdcli.settings import DataSettings
 
@@ -120,9 +120,7 @@ def _prepare(job: Job) -> Result:
                 raise BadVideo("it changed while it was read")
         return Result(part.frames, job.part.stat().st_size)
     except (OSError, RuntimeError) as error:  # RuntimeError is h5py's other voice
-        # HDF5 puts the number into its text
-        full = getattr(error, "errno", 0) == errno.ENOSPC or f"errno = {errno.ENOSPC}" in str(error)
-        return Result(failure=str(error), full=full)
+        return Result(failure=str(error), full=disk_is_full(error))
 
 
 def _stamp(path: Path) -> tuple[int, int]:

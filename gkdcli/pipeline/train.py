@@ -45,6 +45,7 @@ from gkdcli.tasks.trained import (
     require_same_clip,
     start_student,
 )
+from gkdcli.training.schedule import Schedule, passes
 from gkdcli.training.steps import Networks
 from gkdcli.training.trainer import Job, Trainer
 
@@ -184,8 +185,7 @@ def _plan(
     with torch.device("meta"):
         generators = 0 if plain else sum(part.numel() for part in build_cvae(build()).parameters())
     moments = 1 if settings.optim.algorithm == "sgd" else 2
-    parts = 2 if not plain and settings.train.schedule == "epoch" else 1
-    steps = settings.optim.epochs * parts * -(-videos // settings.optim.batch_size)
+    order = Schedule(videos, passes(not plain, settings.train.schedule), settings.train.seed, settings.optim)
     return {
         "stage": STAGE_FOLDER[stage],
         "preset": settings.name,
@@ -199,7 +199,7 @@ def _plan(
         "training_videos": videos,
         "held_out_videos": held,
         "epochs": settings.optim.epochs,
-        "steps": min(steps, max_steps or steps),
+        "steps": order.last_step(max_steps),
         "batch_size": settings.optim.batch_size,
         "clip": "x".join(map(str, clip)),
         "parameters": found.parameters,

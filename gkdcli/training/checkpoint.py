@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from gkdcli.errors import GkdError
+from gkdcli.files import disk_is_full
 from gkdcli.models.weights import fit, load_metadata, load_tensors, require_fit, save_tensors
 from gkdcli.runs import Run
 from gkdcli.training import optim
@@ -87,7 +87,7 @@ def _write(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str], res
     try:
         save_tensors(path, tensors, metadata)
     except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space" in str(error)
+        full = disk_is_full(error)
         raise GkdError(
             "the disk is full; the checkpoint could not be written" if full else f"cannot write: {error}",
             f"{path}; the checkpoint before it is whole" if path.is_file() else str(path),

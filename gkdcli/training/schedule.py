@@ -11,6 +11,13 @@ from gkdcli.data.loader import training_order
 from gkdcli.settings import OptimSettings
 from gkdcli.training.optim import rate_factor
 
+GENERATOR, NETWORK = 0, 1  # the passes of an epoch, as their seeds know them
+
+
+def passes(generators: bool, schedule: str) -> tuple[int, ...]:
+    """The passes of an epoch: schedule `step`, or a network without CVAE, has one (METHOD.md 4)."""
+    return (GENERATOR, NETWORK) if generators and schedule == "epoch" else (NETWORK,)
+
 
 class Spot(NamedTuple):
     """Of a step: its epoch (from 1), pass, and batch within the pass (from 0)."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,16 +20,6 @@ class Term(NamedTuple):
 
     weight: float
     value: Tensor
-
-
-class Network(Protocol):
-    """What the stages ask of a network, of either task."""
-
-    def features(self, clip: Tensor) -> dict[str, Tensor]:
-        """Tap -> feature."""
-
-    def attend(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Tap -> attention map."""
 
 
 @dataclass

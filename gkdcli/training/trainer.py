@@ -22,7 +22,7 @@ from gkdcli.settings import Settings
 from gkdcli.training import checkpoint, metrics, optim
 from gkdcli.training.checkpoint import Position, State
 from gkdcli.training.noise import Noise
-from gkdcli.training.schedule import Schedule
+from gkdcli.training.schedule import GENERATOR, Schedule, passes
 from gkdcli.training.steps import (
     Networks,
     Term,
@@ -33,7 +33,6 @@ from gkdcli.training.steps import (
 )
 from gkdcli.training.stopping import StopRequest, not_finite, out_of_memory
 
-GENERATOR, NETWORK = 0, 1  # the passes of an epoch, as their seeds know them
 PASSES = ("generator", "network")
 Values = dict[str, float]  # of the terms of a step, and of their weighted sum, `loss`
 
@@ -109,7 +108,7 @@ class Trainer:
         )
         both = networks.generators is not None
         self.shared = both and settings.train.schedule == "step"  # one student forward serves both stages
-        parts = (GENERATOR, NETWORK) if both and not self.shared else (NETWORK,)
+        parts = passes(both, settings.train.schedule)
         self.schedule = Schedule(len(job.dataset), parts, settings.train.seed, settings.optim)
         self.position = Position()
         self._stop = StopRequest(console)
