@@ -55,7 +55,7 @@ def make_store(
         with PartWriter(part_path(folder / "rgb", video.class_name, video.name), storage, about) as writer:
             for frame in video.frames:
                 writer.append(frame if storage == "raw" else jpeg(frame))
-        sources.append(Source(Path(video.name), video.class_name, video.name, video.subset, video.group))
+        sources.append(Source(Path(video.name), video.class_name, video.name, {1: video.subset}, video.group))
     listing = Listing(sorted({source.class_name for source in sources}), sources)
     settings = DataSettings(storage=storage, short_side=0).stored()
     return Store.open(build_index(folder, name, "rgb", listing, settings))

@@ -8,7 +8,7 @@ import io
 import json
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -34,14 +34,14 @@ class Source:
         path: where it lies.
         class_name: what it shows.
         name: what it is called in the store, unique within its class.
-        subset: trained on or tested.
+        splits: for the number of each split (from 1), whether it is trained on or tested there.
         group: videos of one group (one recording session) must not be divided; "" where unknown.
     """
 
     path: Path
     class_name: str
     name: str
-    subset: Subset
+    splits: Mapping[int, Subset]
     group: str = ""
 
 
@@ -50,16 +50,22 @@ class Listing:
     """What was found.
 
     Args:
-        classes: sorted; the position is the label.
-        sources: sorted by class and name.
+        classes: the position is the label.
+        sources: sorted by class name and name.
         rejects: (path, reason) of what looks meant but cannot be used.
         ignored: files that are no videos by their extension.
+        unlisted: videos that lie among the others and that no list names.
     """
 
     classes: list[str]
     sources: list[Source]
     rejects: list[tuple[str, str]] = field(default_factory=list)
     ignored: int = 0
+    unlisted: int = 0
+
+    def count(self, split: int, subset: Subset) -> int:
+        """How many videos belong to a subset of a split."""
+        return sum(source.splits.get(split) == subset for source in self.sources)
 
 
 def scan_folder(videos: Path, test_fraction: float) -> Listing:
@@ -186,7 +192,7 @@ class _Scan:
             elif not path.is_file():
                 self.rejects.append((str(path), "not a file, or a link that leads nowhere"))
             else:
-                self.found[folder.name, path.stem].append(Source(path, folder.name, path.stem, subset))
+                self.found[folder.name, path.stem].append(Source(path, folder.name, path.stem, {1: subset}))
                 videos += 1
         if not videos:
             self.rejects.append((str(folder), "a class folder without videos"))
@@ -254,7 +260,7 @@ def _divide(sources: list[Source], test_fraction: float) -> list[Source]:
         members.sort(key=_draw)
         tested |= {(source.class_name, source.name) for source in members[:count]}
     return [
-        replace(source, subset="test" if (source.class_name, source.name) in tested else "train")
+        replace(source, splits={1: "test" if (source.class_name, source.name) in tested else "train"})
         for source in sources
     ]
 
@@ -265,7 +271,7 @@ def _draw(source: Source) -> bytes:
 
 def _need_both_subsets(sources: list[Source], where: str) -> None:
     for subset in SUBSETS:
-        if not any(source.subset == subset for source in sources):
+        if not any(source.splits[1] == subset for source in sources):
             raise GkdError(
                 f"no video belongs to `{subset}`",
                 where,
@@ -344,4 +350,4 @@ def _listed(row: dict[str, str], where: str, videos: Path) -> Source:
         parts = parts[1:]
     if not parts:
         raise refuse(f"`{row['video']}` names no file", _LIST_HINT)
-    return Source(videos / inside, row["class"], "/".join(parts), subset)
+    return Source(videos / inside, row["class"], "/".join(parts), {1: subset})

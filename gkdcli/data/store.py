@@ -18,7 +18,7 @@ from typing import Any
 import h5py
 import numpy as np
 
-from gkdcli.data.annotations import SUBSETS, Listing
+from gkdcli.data.annotations import SUBSETS, Listing, Subset
 from gkdcli.data.parts import (
     SCHEMA,
     Bytes,
@@ -56,7 +56,6 @@ _ROW = np.dtype(
         ("width", "<i4"),
         ("height", "<i4"),
         ("group", h5py.string_dtype()),
-        ("subset", h5py.string_dtype()),
         ("digest", h5py.string_dtype()),
     ]
 )
@@ -74,7 +73,6 @@ class VideoRow:
     width: int
     height: int
     group: str
-    subset: str
     digest: str
 
 
@@ -99,7 +97,7 @@ def build_index(
         store_folder: `stores/<dataset>`.
         dataset: the name of the data set.
         modality: the name of the folder of parts.
-        listing: classes and subsets; the position of a class is its label.
+        listing: classes and splits; the position of a class is its label.
         settings: `DataSettings.stored()` of the parts.
 
     Returns:
@@ -110,8 +108,9 @@ def build_index(
     """
     index = store_folder / f"{modality}.h5"
     labels = {name: label for label, name in enumerate(listing.classes)}
-    rows = []
+    rows: list[tuple[Any, ...]] = []
     links = []
+    splits: dict[int, dict[Subset, list[int]]] = {}
     for source in sorted(listing.sources, key=lambda source: (labels[source.class_name], source.name)):
         try:
             part = part_path(store_folder / modality, source.class_name, source.name)
@@ -133,10 +132,11 @@ def build_index(
                 found["width"],
                 found["height"],
                 source.group,
-                source.subset,
                 found["source_digest"],
             )
         )
+        for number, subset in source.splits.items():
+            splits.setdefault(number, {name: [] for name in SUBSETS})[subset].append(len(rows) - 1)
         links.append(part.relative_to(store_folder))
     if not rows:
         raise GkdError(
@@ -146,14 +146,14 @@ def build_index(
         )
     with atomic_path(index) as temporary, h5py.File(temporary, "w", locking=False) as file:
         _describe(file, dataset, modality, settings)
-        file.attrs.update(complete=True, expected=len(rows), fingerprint=_fingerprint(rows, settings))
+        file.attrs.update(complete=True, expected=len(rows), fingerprint=_fingerprint(rows, splits, settings))
         for row, link in zip(rows, links, strict=True):
             file[f"/videos/{row[1]}/{row[0]}"] = h5py.ExternalLink(str(link), "/")
         file["/tables/videos"] = np.array(rows, _ROW)
         file["/tables/classes"] = np.array([escape(name) for name in listing.classes], h5py.string_dtype())
-        for subset in SUBSETS:
-            members = [place for place, row in enumerate(rows) if row[8] == subset]
-            file[f"/splits/1/{subset}"] = np.array(members, np.int64)
+        for number, subsets in splits.items():
+            for subset, members in subsets.items():
+                file[f"/splits/{number}/{subset}"] = np.array(members, np.int64)
     return index
 
 
@@ -179,9 +179,11 @@ def _describe(file: Any, dataset: str, modality: str, settings: Mapping[str, Any
     )
 
 
-def _fingerprint(rows: Sequence[tuple[Any, ...]], settings: Mapping[str, Any]) -> str:
-    """Over names, labels, frame counts, subsets, digests of the sources, and settings."""
-    return hashlib.sha256(json.dumps([rows, settings], sort_keys=True).encode()).hexdigest()
+def _fingerprint(
+    rows: Sequence[tuple[Any, ...]], splits: Mapping[int, Any], settings: Mapping[str, Any]
+) -> str:
+    """Over names, labels, frame counts, digests of the sources, splits and settings."""
+    return hashlib.sha256(json.dumps([rows, splits, settings], sort_keys=True).encode()).hexdigest()
 
 
 def setting_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -68,7 +68,7 @@ def _plainly(videos: list[Path], folder: Path) -> None:
 
 def _ours(videos: list[Path], folder: Path, workers: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-    sources = [Source(path, "a", f"{number:04}", "train") for number, path in enumerate(videos)]
+    sources = [Source(path, "a", f"{number:04}", {1: "train"}) for number, path in enumerate(videos)]
     data = DataSettings(short_side=0, jpeg_quality=QUALITY)
     report = prepare_parts(Listing(["a"], sources), folder, "bench", "rgb", data, workers=workers)
     assert not report.rejected, report.rejected

@@ -42,7 +42,7 @@ def _write(root: Path) -> None:
                 jpeg = cv2.imencode(".jpg", picture)[1].tobytes()
                 part.append(jpeg)
                 (root / "jpegs" / name / f"{place:06}.jpg").write_bytes(jpeg)
-        sources.append(Source(Path(name), "a", name, "train"))
+        sources.append(Source(Path(name), "a", name, {1: "train"}))
     build_index(root / "mine", "mine", "rgb", Listing(["a"], sources), {})
     os.sync()  # only clean pages can be dropped
 

@@ -20,7 +20,7 @@ def _touch(root: Path, *names: str) -> Path:
 
 
 def _split(listing: Listing) -> dict[str, str]:
-    return {f"{source.class_name}/{source.name}": source.subset for source in listing.sources}
+    return {f"{source.class_name}/{source.name}": source.splits[1] for source in listing.sources}
 
 
 def test_one_folder_per_class(tmp_path: Path) -> None:

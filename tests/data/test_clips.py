@@ -259,7 +259,7 @@ def test_normalise_refuses_means_for_other_channels():
 
 def rows(groups: int, per_group: int, classes: int = 3) -> list[VideoRow]:
     return [
-        VideoRow(f"v{g}_{i}", f"c{c}", c, 30, 25.0, 40, 36, f"g{g}" if per_group > 1 else "", "train", "")
+        VideoRow(f"v{g}_{i}", f"c{c}", c, 30, 25.0, 40, 36, f"g{g}" if per_group > 1 else "", "")
         for c in range(classes)
         for g in range(groups)
         for i in range(per_group)

@@ -40,7 +40,7 @@ def _write(path: Path, frames: list[Any], storage: parts.Storage = "jpeg", diges
 def _listing() -> Listing:
     subsets: list[Subset] = ["train", "test", "train", "test"]
     sources = [
-        Source(Path("v") / name, class_name, name, subset, group=f"g{subset}")
+        Source(Path("v") / name, class_name, name, {1: subset}, group=f"g{subset}")
         for (class_name, name), subset in zip(NAMES, subsets, strict=True)
     ]
     return Listing(sorted({class_name for class_name, _ in NAMES}), sources)
@@ -104,7 +104,7 @@ def test_the_table_says_everything(tmp_path: Path) -> None:
     assert (store.dataset, store.modality, store.settings) == ("mine", "rgb", SETTINGS)
     row = store.videos[3]
     assert (row.frames, row.fps, row.width, row.height) == (9, 25.0, 64, 48)
-    assert (row.group, row.subset, row.digest) == ("gtrain", "train", "digest of x")
+    assert (row.group, row.digest) == ("gtrain", "digest of x")
     assert (store.split(1, "train"), store.split(1, "test")) == ([1, 3], [0, 2])
     with pytest.raises(GkdError, match="no split 2"):
         store.split(2, "train")
@@ -124,7 +124,7 @@ def test_a_moved_store_works_and_the_index_is_one_tree(tmp_path: Path) -> None:
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 40])
 def test_raw_frames_come_back_as_an_array(tmp_path: Path, count: int) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (count, 6, 8, 3), np.uint8)
-    listing = Listing(["a"], [Source(Path("x"), "a", "x", "train")])
+    listing = Listing(["a"], [Source(Path("x"), "a", "x", {1: "train"})])
     _write(part_path(tmp_path / "rgb", "a", "x"), list(frames), "raw")
     store = Store.open(build_index(tmp_path, "mine", "rgb", listing, SETTINGS))
     assert np.array_equal(np.asarray(store.frames(0, 0, count)), frames)
@@ -158,7 +158,7 @@ def test_open_files_are_bounded(tmp_path: Path) -> None:
     names = [f"v{number:03}" for number in range(80)]
     for name in names:
         _write(part_path(tmp_path / "rgb", "a", name), _jpegs(name, 2))
-    listing = Listing(["a"], [Source(Path(name), "a", name, "train") for name in names])
+    listing = Listing(["a"], [Source(Path(name), "a", name, {1: "train"}) for name in names])
     store = Store.open(build_index(tmp_path, "mine", "rgb", listing, SETTINGS))
     before = len(os.listdir("/proc/self/fd"))
     for place in [*range(80), *range(80)]:
