@@ -1,41 +1,22 @@
-"""The commands: flags -> settings -> one pipeline call -> the result printed.
+"""The app, the three acts of every command, and the options of `gkd` itself.
 
 Nothing heavy is imported above function level: `--help` answers at once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any
 
 import typer
 
 from gkdcli.cli import emit_json
-from gkdcli.cli.options import (
-    OUTPUT_PANEL,
-    RUN_PANEL,
-    Backbone,
-    BatchSize,
-    Epochs,
-    Format,
-    Init,
-    LearningRate,
-    MaxSteps,
-    Model,
-    PresetArgument,
-    PresetOption,
-    Resume,
-    RunFolder,
-    Shared,
-    Which,
-    shared_flags,
-)
+from gkdcli.cli.options import Shared
 from gkdcli.console import Console
 from gkdcli.errors import usage_error
 from gkdcli.resolve import preset_names
 from gkdcli.result import Result
-from gkdcli.runs import Place, version
+from gkdcli.runs import version
 from gkdcli.settings import STAGES
 
 app = typer.Typer(
@@ -47,26 +28,32 @@ app = typer.Typer(
 )
 
 
-def _execute(
+def execute(
     stage: str,
     shared: Shared,
     preset: str,
     flags: dict[str, tuple[str, Any]],
-    call: Callable[[Place, Console], Result],
+    call: Callable[..., Result],
+    modalities: Sequence[str] = (),
 ) -> None:
-    """The three acts of every command: settings, one pipeline call, print."""
+    """The three acts of every command: settings, one pipeline call, print.
+
+    `call` is given a place for each of the modalities (default: that of `--modality`), and the console.
+    """
     from gkdcli.cli.render import render_config
 
     command = STAGES[stage]
-    resolved = shared.resolve(preset, stage, flags)
+    asked = modalities or (shared.modality.value,)
+    resolved = {modality: shared.resolve(preset, stage, flags, modality) for modality in asked}
     if shared.show_config:
-        render_config(command, resolved, shared.json)
+        render_config(command, resolved[asked[0]], shared.json)
         return
     console = shared.console()
-    _finish(command, call(shared.place(resolved, preset), console), shared.json, console)
+    places = [shared.place(page, preset, modality) for modality, page in resolved.items()]
+    finish(command, call(*places, console), shared.json, console)
 
 
-def _finish(command: str, result: Result, as_json: bool, console: Console) -> None:
+def finish(command: str, result: Result, as_json: bool, console: Console) -> None:
     """The result on stdout, and on stderr why it is not what was asked for, or what comes next."""
     from gkdcli.cli.render import render_result
 
@@ -81,7 +68,12 @@ def _finish(command: str, result: Result, as_json: bool, console: Console) -> No
     raise typer.Exit(int(result.code))
 
 
-def _one_preset(command: str, argument: str | None, option: str | None) -> str:
+def one_preset(command: str, argument: str | None, option: str | None) -> str:
+    """The preset that argument or option name.
+
+    Raises:
+        GkdError: neither, or two different ones (exit code 2).
+    """
     where = f"argument PRESET of `gkd {command}`"
     if argument is not None and option is not None and argument != option:
         what = f"two presets are named, `{argument}` and `{option}`"
@@ -92,243 +84,6 @@ def _one_preset(command: str, argument: str | None, option: str | None) -> str:
             "no preset is named", where, f"one of {', '.join(preset_names())}, or a path to a .toml"
         )
     return preset
-
-
-@app.command("prepare")
-@shared_flags
-def prepare(
-    shared: Shared,
-    preset: PresetArgument = None,
-    videos: Annotated[
-        Path | None,
-        typer.Argument(metavar="VIDEOS", help="Folder of the videos; default: datasets/<dataset>/."),
-    ] = None,
-    preset_option: PresetOption = None,
-    name: Annotated[
-        str | None,
-        typer.Option(help="Name of your own data set.", show_default=False, rich_help_panel=RUN_PANEL),
-    ] = None,
-    annotations: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="CSV or JSON list: video, class and, if you like, subset.",
-            rich_help_panel=RUN_PANEL,
-        ),
-    ] = None,
-    retry: Annotated[
-        bool,
-        typer.Option(
-            "--retry", help="Try rejected videos again even if unchanged.", rich_help_panel=RUN_PANEL
-        ),
-    ] = False,
-) -> None:
-    """Decodes videos into a store of frames (HDF5)."""
-    if preset_option is not None and preset is not None and videos is None:
-        videos, preset = Path(preset), None  # `gkd prepare --preset ucf101 VIDEOS`
-    flags = {"name": ("--name", name), "dataset": ("--name", name)}
-
-    def call(place: Place, console: Console) -> Result:
-        from gkdcli.pipeline.prepare import prepare
-
-        return prepare(
-            place, console, videos=videos, annotations=annotations, retry=retry, dry_run=shared.dry_run
-        )
-
-    _execute("prepare", shared, _one_preset("prepare", preset, preset_option), flags, call)
-
-
-@app.command("pretrain-attention")
-@shared_flags
-def pretrain_attention(
-    shared: Shared,
-    preset: PresetArgument = None,
-    preset_option: PresetOption = None,
-    backbone: Backbone = None,
-    init: Init = None,
-    resume: Resume = False,
-    max_steps: MaxSteps = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-) -> None:
-    """Trains the teacher, its attention and its CVAE (phase 1)."""
-    _train(
-        "pretrain",
-        shared,
-        _one_preset("pretrain-attention", preset, preset_option),
-        init,
-        epochs,
-        batch_size,
-        lr,
-        backbone=backbone,
-        resume=resume,
-        max_steps=max_steps,
-    )
-
-
-@app.command("distill")
-@shared_flags
-def distill(
-    shared: Shared,
-    preset: PresetArgument = None,
-    preset_option: PresetOption = None,
-    backbone: Backbone = None,
-    teacher: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="PATH",
-            help="The teacher's run folder; default: the newest that fits.",
-            rich_help_panel=RUN_PANEL,
-        ),
-    ] = None,
-    init: Init = None,
-    resume: Resume = False,
-    max_steps: MaxSteps = None,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    lr: LearningRate = None,
-) -> None:
-    """Trains the student to reproduce the teacher's generated features and attention (phase 2)."""
-    _train(
-        "distill",
-        shared,
-        _one_preset("distill", preset, preset_option),
-        init,
-        epochs,
-        batch_size,
-        lr,
-        backbone=backbone,
-        teacher=teacher,
-        resume=resume,
-        max_steps=max_steps,
-    )
-
-
-def _train(
-    stage: str,
-    shared: Shared,
-    preset: str,
-    init: str | None,
-    epochs: int | None,
-    batch_size: int | None,
-    lr: float | None,
-    **request: Any,
-) -> None:
-    flags = {
-        "train.init": ("--init", init),
-        "optim.epochs": ("--epochs", epochs),
-        "optim.batch_size": ("--batch-size", batch_size),
-        "optim.learning_rate": ("--lr", lr),
-    }
-
-    def call(place: Place, console: Console) -> Result:
-        from gkdcli.pipeline.train import train
-
-        return train(place, console, stage, dry_run=shared.dry_run, **request)
-
-    _execute(stage, shared, preset, flags, call)
-
-
-@app.command("evaluate")
-@shared_flags
-def evaluate(
-    shared: Shared,
-    preset: PresetArgument = None,
-    preset_option: PresetOption = None,
-    model: Model = Which.student,
-    run: RunFolder = None,
-    compare: Annotated[
-        bool,
-        typer.Option(
-            "--compare",
-            help="Score the newest teacher, plain and distilled student, side by side.",
-            rich_help_panel=RUN_PANEL,
-        ),
-    ] = False,
-    rescore: Annotated[
-        bool,
-        typer.Option(
-            "--rescore", help="Score saved predictions again; no network runs.", rich_help_panel=RUN_PANEL
-        ),
-    ] = False,
-    require: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="'top1>=0.6'",
-            help="Exit 4 if the scores miss this; repeat for more.",
-            rich_help_panel=OUTPUT_PANEL,
-        ),
-    ] = None,
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="FILE",
-            help="Also write scores and per-video predictions as JSON.",
-            rich_help_panel=OUTPUT_PANEL,
-        ),
-    ] = None,
-) -> None:
-    """Scores a trained network on the test videos."""
-
-    def call(place: Place, console: Console) -> Result:
-        from gkdcli.pipeline.evaluate import evaluate
-
-        return evaluate(
-            place,
-            console,
-            model=model.value,
-            run_path=run,
-            compare=compare,
-            rescore=rescore,
-            require=require or [],
-            output=output,
-            dry_run=shared.dry_run,
-        )
-
-    _execute("evaluate", shared, _one_preset("evaluate", preset, preset_option), {}, call)
-
-
-@app.command("export")
-@shared_flags
-def export(
-    shared: Shared,
-    preset: PresetArgument = None,
-    preset_option: PresetOption = None,
-    formats: Annotated[
-        list[Format] | None,
-        typer.Option(
-            "--format",
-            help="Repeat for more; default: safetensors.",
-            show_default=False,
-            rich_help_panel=RUN_PANEL,
-        ),
-    ] = None,
-    model: Model = Which.student,
-    run: RunFolder = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            metavar="DIR", help="Default: exports/<preset>/<model>-<modality>/.", rich_help_panel=OUTPUT_PANEL
-        ),
-    ] = None,
-) -> None:
-    """Writes a trained network with its card, for use elsewhere."""
-
-    def call(place: Place, console: Console) -> Result:
-        from gkdcli.pipeline.export import export
-
-        return export(
-            place,
-            console,
-            model=model.value,
-            run_path=run,
-            out=out,
-            dry_run=shared.dry_run,
-            formats=[chosen.value for chosen in formats or [Format.safetensors]],
-        )
-
-    _execute("export", shared, _one_preset("export", preset, preset_option), {}, call)
 
 
 @app.callback(invoke_without_command=True)
@@ -350,7 +105,7 @@ def root_options(
     if doctor:
         from gkdcli.doctor import examine
 
-        _finish("doctor", examine(), as_json, Console())
+        finish("doctor", examine(), as_json, Console())
     if as_json:  # `gkd --json distill ...` is `gkd distill ... --json`
         context.default_map = {command: {"json": True} for command in STAGES.values()}
     if context.invoked_subcommand is None:

@@ -68,8 +68,10 @@ class Listing:
         return sum(source.splits.get(split) == subset for source in self.sources)
 
 
-def scan_folder(videos: Path, test_fraction: float) -> Listing:
+def scan_folder(videos: Path, test_fraction: float, frames: bool = False) -> Listing:
     """Lists `VIDEOS/<class>/<video>` or `VIDEOS/{train,test}/<class>/<video>`.
+
+    A video is a file, or with `frames` a folder of images.
 
     The first layout is divided here, see `_divide`; the second is taken as given. Hidden files are
     skipped, other files that are no videos are counted; what looks meant but cannot be used is a reject.
@@ -81,7 +83,7 @@ def scan_folder(videos: Path, test_fraction: float) -> Listing:
         raise GkdError(
             "there is no folder of videos", str(videos), "name the folder that holds one folder per class"
         )
-    scan = _Scan()
+    scan = _Scan(frames)
     top = _entries(videos)
     folders = [path for path in top if path.is_dir()]
     for path in top:
@@ -117,11 +119,11 @@ def scan_folder(videos: Path, test_fraction: float) -> Listing:
     return listing
 
 
-def read_list(path: Path, videos: Path, test_fraction: float) -> Listing:
+def read_list(path: Path, videos: Path, test_fraction: float, frames: bool = False) -> Listing:
     """Lists the videos that a CSV or JSON file names, with paths relative to `videos`.
 
-    A video is called by its path without extension, and without the leading folder of its class.
-    Listed files that do not exist are rejects.
+    A video is called by its path without extension, and without the leading folder of its class; with
+    `frames` it is a folder of images. Listed files that do not exist are rejects.
 
     Raises:
         GkdError: anything else that is wrong with the file, with its line (JSON: entry).
@@ -141,7 +143,7 @@ def read_list(path: Path, videos: Path, test_fraction: float) -> Listing:
     sources: list[Source] = []
     rejects: list[tuple[str, str]] = []
     for place, row in rows:
-        source = _listed(row, f"{path} {place}", videos)
+        source = _listed(row, f"{path} {place}", videos, frames)
         video, where = row["video"], f"{path} {place}, {row['video']}"
         known = seen.setdefault(str(source.path), (source.class_name, place))
         if known[1] != place:
@@ -155,15 +157,15 @@ def read_list(path: Path, videos: Path, test_fraction: float) -> Listing:
                 "rename one of the two files",
             )
         sources.append(source)
-        if not _exists(source.path):
-            rejects.append((video, "there is no such file"))
+        if not _exists(source.path, frames):
+            rejects.append((video, "there is no such folder" if frames else "there is no such file"))
     classes = sorted({source.class_name for source in sources})
     sources.sort(key=lambda source: (source.class_name, source.name))
     if "subset" not in rows[0][1]:
         sources = _divide(sources, test_fraction)
     else:
         _need_both_subsets(sources, str(path))
-    present = [source for source in sources if _exists(source.path)]
+    present = [source for source in sources if _exists(source.path, frames)]
     if not present:
         raise GkdError(
             "none of the listed videos exists",
@@ -176,7 +178,8 @@ def read_list(path: Path, videos: Path, test_fraction: float) -> Listing:
 class _Scan:
     """Collects what a walk over folders meets."""
 
-    def __init__(self) -> None:
+    def __init__(self, frames: bool) -> None:
+        self.frames = frames
         self.found: dict[tuple[str, str], list[Source]] = defaultdict(list)
         self.rejects: list[tuple[str, str]] = []
         self.ignored = 0
@@ -185,9 +188,12 @@ class _Scan:
         """Takes every video directly in `folder` as one of class `folder.name`."""
         videos = 0
         for path in _entries(folder):
-            if path.is_dir():
+            if self.frames and path.is_dir():
+                self.found[folder.name, path.name].append(Source(path, folder.name, path.name, {1: subset}))
+                videos += 1
+            elif path.is_dir():
                 self.rejects.append((str(path), "a folder within the folder of a class is not read"))
-            elif not _is_video(path):
+            elif self.frames or not _is_video(path):
                 self.ignored += 1
             elif not path.is_file():
                 self.rejects.append((str(path), "not a file, or a link that leads nowhere"))
@@ -199,7 +205,7 @@ class _Scan:
 
     def file_without_class(self, path: Path) -> None:
         """A video beside the class folders is a reject, another file is only counted."""
-        if _is_video(path):
+        if _is_video(path) and not self.frames:
             self.rejects.append((str(path), "lies beside the class folders, so its class is unknown"))
         else:
             self.ignored += 1
@@ -239,9 +245,9 @@ def _holds_only_folders(folder: Path) -> bool:
     )
 
 
-def _exists(path: Path) -> bool:
+def _exists(path: Path, folder: bool) -> bool:
     try:
-        return path.is_file()
+        return path.is_dir() if folder else path.is_file()
     except (OSError, ValueError):  # a name no file can have: too long, a NUL, half a character
         return False
 
@@ -327,7 +333,7 @@ def _check_columns(names: set[str], where: str) -> None:
         raise GkdError(f"there is no column `{missing[0]}`", where, _LIST_HINT)
 
 
-def _listed(row: dict[str, str], where: str, videos: Path) -> Source:
+def _listed(row: dict[str, str], where: str, videos: Path, frames: bool) -> Source:
     """One row, checked."""
     refuse: Callable[[str, str], GkdError] = lambda what, hint: GkdError(what, where, hint)  # noqa: E731
     empty = [name for name, value in row.items() if not value]
@@ -345,7 +351,7 @@ def _listed(row: dict[str, str], where: str, videos: Path) -> Source:
         raise refuse(
             f"`{row['video']}` leads out of the folder of videos", f"use a path relative to {videos}"
         )
-    parts = inside.with_suffix("").parts if inside.name else ()
+    parts = (inside if frames else inside.with_suffix("")).parts if inside.name else ()
     if len(parts) > 1 and parts[0] == row["class"]:
         parts = parts[1:]
     if not parts:

@@ -24,7 +24,7 @@ def open_store(place: Place) -> Store:
             "this version trains recognition: demo, folder",
         )
     store = Store.open(place.store)
-    differences = setting_differences(store.settings, place.settings.data.stored())
+    differences = setting_differences(store.settings, place.settings.data.stored(place.modality))
     if differences:
         raise GkdError(
             f"the store was prepared with other settings: {', '.join(differences)}",
@@ -34,22 +34,44 @@ def open_store(place: Place) -> Store:
     return store
 
 
-def find_run(place: Place, console: Console, model: str, run_path: Path | None, store: Store) -> Run:
-    """The named run, or the newest complete one that fits; what was chosen is said.
+def find_run(
+    place: Place, console: Console, model: str, run_path: Path | None, store: Store, flag: str = "--run"
+) -> Run:
+    """The named run, or the newest complete one that fits; what was chosen is said, with the flag to differ.
 
     Raises:
         GkdError: none fits, or the named one is of other classes, another split or modality.
     """
     stage = "pretrain" if model == "teacher" else "distill"
     if run_path is None:
-        run = newest_complete(place, stage, store.classes)
-        console.note(f"{model}: {run.folder} (newest that fits; `--run PATH` names another)")
+        run = newest_complete(place, stage, store.classes, flag=flag)
+        console.note(f"{model}: {run.folder} (newest that fits; `{flag} PATH` names another)")
     else:
         run = open_run(run_path)
         _require_like(run, place, store)
+    require_same_flow(run, store)
     if run.record["store"]["fingerprint"] != store.fingerprint:
         console.warn("the store has changed since this run was trained on it", str(run.folder))
     return run
+
+
+def require_same_flow(run: Run, store: Store) -> None:
+    """Flow of another method or bound looks different: a network that never saw it is no use on it.
+
+    Raises:
+        GkdError: with both.
+    """
+    if store.modality != "flow":
+        return
+    learnt = run.settings.data.stored("flow")
+    odd = [key for key in ("flow", "flow_bound") if learnt[key] != store.settings[key]]
+    if odd:
+        told = ", ".join(f"data.{key} {learnt[key]}, the store has {store.settings[key]}" for key in odd)
+        raise GkdError(
+            f"this run was trained on flow of another kind: {told}",
+            str(run.folder),
+            "name a run that was trained on such flow, or prepare the flow it knows under another name",
+        )
 
 
 def _require_like(run: Run, place: Place, store: Store) -> None:

@@ -21,7 +21,7 @@ from gkdcli.models.cost import cost
 from gkdcli.models.layers import initialise
 from gkdcli.models.recognizer import Recognizer, build_cvae
 from gkdcli.models.weights import load_backbone
-from gkdcli.pipeline.lookup import open_store
+from gkdcli.pipeline.lookup import open_store, require_same_flow
 from gkdcli.report import draw_curves
 from gkdcli.result import Result
 from gkdcli.runs import (
@@ -131,6 +131,7 @@ def _find_teacher(place: Place, console: Console, stage: str, store: Store, give
             f"`--modality {found.record['modality']}`",
         )
     require_same_clip(found, settings)
+    require_same_flow(found, store)
     if found.record["store"]["fingerprint"] != store.fingerprint:
         console.warn("the store has changed since the teacher was trained on it", str(found.folder))
     console.note(
@@ -241,7 +242,7 @@ def _validate(
     batch, workers = place.settings.eval.batch_size, place.settings.train.workers
     logits, labels = predict(
         dataset,
-        recognition.predictor(network, place.modality, place.settings.recipe),
+        network.time_logits,
         batch_size=batch,
         device=device,
         workers=workers if limit is None else 0,
