@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
@@ -22,6 +23,8 @@ _VIDEO = re.compile(
     r"|ts|vob|webm|wmv|y4m)",
     re.IGNORECASE,
 )
+# control characters, line separators, halves of characters, a byte order mark amid the text
+_UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff]")
 _COLUMNS = ("video", "class", "subset")
 _LIST_HINT = "a list is CSV with the header `video,class` or `video,class,subset`, or JSON with the same keys"
 
@@ -193,7 +196,7 @@ class _Scan:
                 videos += 1
             elif path.is_dir():
                 self.rejects.append((str(path), "a folder within the folder of a class is not read"))
-            elif self.frames or not _is_video(path):
+            elif self.frames or video_stem(path.name) is None:
                 self.ignored += 1
             elif not path.is_file():
                 self.rejects.append((str(path), "not a file, or a link that leads nowhere"))
@@ -205,7 +208,7 @@ class _Scan:
 
     def file_without_class(self, path: Path) -> None:
         """A video beside the class folders is a reject, another file is only counted."""
-        if _is_video(path) and not self.frames:
+        if video_stem(path.name) is not None and not self.frames:
             self.rejects.append((str(path), "lies beside the class folders, so its class is unknown"))
         else:
             self.ignored += 1
@@ -224,8 +227,22 @@ class _Scan:
         )
 
 
-def _is_video(path: Path) -> bool:
-    return _VIDEO.fullmatch(path.suffix) is not None
+def video_stem(name: str) -> str | None:
+    """The name of a video file without its extension; None where the extension is no video's."""
+    stem, extension = os.path.splitext(name)
+    return stem if _VIDEO.fullmatch(extension) else None
+
+
+def check_text(text: str, where: str) -> None:
+    """Refuses what no name should hold: a store could not keep it, or a terminal would obey it.
+
+    Raises:
+        GkdError: control characters, line separators, halves of characters, a stray byte order mark.
+    """
+    found = _UNFIT.search(text)
+    if found:
+        what = f"a name holds {found[0]!a}, which is not valid text"
+        raise GkdError(what, where, "write the list as plain UTF-8 text")
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -241,7 +258,7 @@ def _holds_only_folders(folder: Path) -> bool:
     """Whether `train` or `test` is a subset and not a class of that name."""
     entries = _entries(folder)
     return any(path.is_dir() for path in entries) and not any(
-        _is_video(path) for path in entries if not path.is_dir()
+        video_stem(path.name) is not None for path in entries if not path.is_dir()
     )
 
 
@@ -311,22 +328,44 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=_object)
     except ValueError as error:
         raise GkdError("not a JSON file", f"{path}: {error}", _LIST_HINT) from None
+    except RecursionError:
+        raise GkdError("the JSON is nested too deeply", str(path), _LIST_HINT) from None
     if not isinstance(document, list):
         raise GkdError("a list of videos in JSON is an array of objects", str(path), _LIST_HINT)
     for number, entry in enumerate(document, start=1):
         place = f"entry {number}"
+        if isinstance(entry, _Twice):
+            check_text(entry.key, f"{path} {place}")
+            raise GkdError(f"an entry has the key `{entry.key}` twice", f"{path} {place}", _LIST_HINT)
         if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
             raise GkdError("an entry is not an object of strings", f"{path} {place}", _LIST_HINT)
         _check_columns(set(entry), f"{path} {place}")
         yield place, {key: value.strip() for key, value in entry.items()}
 
 
+@dataclass(frozen=True)
+class _Twice:
+    """Stands for a JSON object that has a key twice, of which a plain dict would keep the last."""
+
+    key: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Twice:
+    taken: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in taken:
+            return _Twice(key)
+        taken[key] = value
+    return taken
+
+
 def _check_columns(names: set[str], where: str) -> None:
     unknown = sorted(names - set(_COLUMNS))
     if unknown:
+        check_text(unknown[0], where)
         raise GkdError(f"`{unknown[0]}` is not a column of a list of videos", where, _LIST_HINT)
     missing = [name for name in _COLUMNS[:2] if name not in names]
     if missing:
@@ -339,15 +378,12 @@ def _listed(row: dict[str, str], where: str, videos: Path, frames: bool) -> Sour
     empty = [name for name, value in row.items() if not value]
     if empty:
         raise refuse(f"the cell `{empty[0]}` is empty", _LIST_HINT)
-    try:
-        "".join(row.values()).encode()
-    except UnicodeEncodeError:  # JSON can hold half a character
-        raise refuse("an entry is not valid text", _LIST_HINT) from None
+    check_text("".join(row.values()), where)
     subset: Any = row.get("subset", "train")
     if subset not in SUBSETS:
         raise refuse(f"`{subset}` is not a subset", "use train or test")
     inside = PurePosixPath(row["video"])
-    if inside.is_absolute() or ".." in inside.parts or "\0" in row["video"]:
+    if inside.is_absolute() or ".." in inside.parts:
         raise refuse(
             f"`{row['video']}` leads out of the folder of videos", f"use a path relative to {videos}"
         )
