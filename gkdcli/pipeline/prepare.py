@@ -100,7 +100,7 @@ def _listing(place: Place, console: Console, folder: Path, annotations: Path | N
         if annotations is None:
             raise GkdError(
                 f"there are no split lists of {place.settings.dataset}",
-                f"looked in {folder} and {place.videos}, and one folder below",
+                f"looked in {' and '.join(sorted({str(folder), str(place.videos)}))}, and one folder below",
                 "unpack them there (UCF101: ucfTrainTestlist; HMDB51: testTrainMulti_7030_splits), or name"
                 " their folder with `--annotations DIR`",
             )

@@ -93,6 +93,13 @@ def train(
     if run is None:
         run = create_run(place, stage, _record(place, store, held, teacher_run, began, plan))
         console.note(f"run {run.folder}: {began}, {plan['steps']} steps on {device.type}")
+        if stage == "pretrain" and settings.recipe == "official" and began == "from scratch":
+            file = "rgb_imagenet.pt" if place.modality == "rgb" else "flow_imagenet.pt"
+            console.warn(
+                "this teacher starts from scratch; the paper's starts from Kinetics weights",
+                "no --backbone was given",
+                f"`{place.command('pretrain-attention', '--backbone', file)}` with the public I3D file",
+            )
     held_set = ClipDataset(store, held, settings.clips, settings.recipe, seed=None)
     job = Job(
         networks,

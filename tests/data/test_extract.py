@@ -360,9 +360,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize(("storage", "left"), [("jpeg", 40_000), ("jpeg", 140_000), ("raw", 140_000)])
+@pytest.mark.parametrize(
+    ("storage", "left", "modalities"),
+    [
+        ("jpeg", 40_000, ("rgb",)),
+        ("jpeg", 140_000, ("rgb",)),
+        ("raw", 140_000, ("rgb",)),
+        ("jpeg", 140_000, ("rgb", "flow")),
+    ],
+)
 def test_a_full_disk_ends_the_run_and_leaves_whole_parts(
-    tmp_path: Path, small_disk: Path, storage: str, left: int
+    tmp_path: Path, small_disk: Path, storage: str, left: int, modalities: tuple[str, ...]
 ) -> None:
     """Seen by the parent in time (40 KB are under a fiftieth of the disk), or by a worker that fails."""
     folder = tmp_path / "videos" / "jump"
@@ -370,7 +378,8 @@ def test_a_full_disk_ends_the_run_and_leaves_whole_parts(
     for place in range(4):
         write_video(folder / f"{place}.mp4", noise)
     listing = scan_folder(tmp_path / "videos", 0.5)
-    data = DataSettings.model_validate({"short_side": 0, "storage": storage, "jpeg_quality": 100})
+    given = {"short_side": 0, "storage": storage, "jpeg_quality": 100, "flow": "farneback"}
+    data = DataSettings.model_validate(given)
     ballast = small_disk / "ballast"
 
     def fill(done: int, total: int, name: str, frames: int) -> None:
@@ -378,7 +387,7 @@ def test_a_full_disk_ends_the_run_and_leaves_whole_parts(
             ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - left))
 
     with pytest.raises(GkdError) as caught:
-        prepare_parts(listing, small_disk / "mine", "mine", ("rgb",), data, workers=1, progress=fill)
+        prepare_parts(listing, small_disk / "mine", "mine", modalities, data, workers=1, progress=fill)
     assert caught.value.what == "the disk is full"
     assert "continues" in caught.value.hint
     parts = list((small_disk / "mine" / "rgb").rglob("*.h5"))
@@ -386,7 +395,7 @@ def test_a_full_disk_ends_the_run_and_leaves_whole_parts(
     assert all(read_attributes(part)["frame_count"] == 12 for part in parts)
     assert list((small_disk / "mine").rglob(".*.tmp")) == []
     ballast.unlink()
-    report = prepare_parts(listing, small_disk / "mine", "mine", ("rgb",), data, workers=1)
+    report = prepare_parts(listing, small_disk / "mine", "mine", modalities, data, workers=1)
     assert (report.skipped, report.prepared, report.rejected) == (len(parts), 4 - len(parts), [])
 
 
