@@ -7,6 +7,7 @@ from pathlib import Path
 from gkdcli.console import Console
 from gkdcli.data.store import Store, setting_differences
 from gkdcli.errors import GkdError
+from gkdcli.resolve import toml_value
 from gkdcli.runs import STAGE_FOLDER, Place, Run, newest_complete, open_run
 
 
@@ -26,10 +27,12 @@ def open_store(place: Place) -> Store:
     store = Store.open(place.store)
     differences = setting_differences(store.settings, place.settings.data.stored(place.modality))
     if differences:
+        key = differences[0].split()[0]
+        theirs = toml_value(store.settings.get(key.removeprefix("data.")))
         raise GkdError(
             f"the store was prepared with other settings: {', '.join(differences)}",
             str(place.store),
-            "use the store's settings, or prepare under another name (`dataset` in the preset)",
+            f"`--set {key}={theirs}` takes the store's; or prepare under another name (`dataset`)",
         )
     return store
 
