@@ -6,25 +6,17 @@ import csv
 import hashlib
 import io
 import json
-import os
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from gkdcli.data.names import check_text, short, video_stem
 from gkdcli.errors import GkdError
 
 Subset = Literal["train", "test"]
 SUBSETS: tuple[Subset, Subset] = ("train", "test")
-_VIDEO = re.compile(
-    r"\.(3g2|3gp|asf|avi|divx|f4v|flv|gif|m2ts|m2v|m4v|mkv|mov|mp4|mpe|mpeg|mpg|mts|mxf|ogm|ogv|qt|rm|rmvb"
-    r"|ts|vob|webm|wmv|y4m)",
-    re.IGNORECASE,
-)
-# control characters, line separators, halves of characters, a byte order mark amid the text
-_UNFIT = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff]")
 _COLUMNS = ("video", "class", "subset")
 _LIST_HINT = "a list is CSV with the header `video,class` or `video,class,subset`, or JSON with the same keys"
 
@@ -147,15 +139,19 @@ def read_list(path: Path, videos: Path, test_fraction: float, frames: bool = Fal
     rejects: list[tuple[str, str]] = []
     for place, row in rows:
         source = _listed(row, f"{path} {place}", videos, frames)
-        video, where = row["video"], f"{path} {place}, {row['video']}"
+        video, where = row["video"], f"{path} {place}, {short(row['video'])}"
         known = seen.setdefault(str(source.path), (source.class_name, place))
         if known[1] != place:
-            what = "is listed twice" if known[0] == source.class_name else f"is also of class `{known[0]}`"
+            what = (
+                "is listed twice"
+                if known[0] == source.class_name
+                else f"is also of class `{short(known[0])}`"
+            )
             raise GkdError(f"a video {what}", f"{where}; first at {known[1]}", "keep one of the two")
         other = taken.setdefault((source.class_name, source.name), place)
         if other != place:
             raise GkdError(
-                f"two videos of class `{source.class_name}` would both be called `{source.name}`",
+                f"two videos of a class would both be called `{short(source.name)}`",
                 f"{where}; first at {other}",
                 "rename one of the two files",
             )
@@ -172,7 +168,7 @@ def read_list(path: Path, videos: Path, test_fraction: float, frames: bool = Fal
     if not present:
         raise GkdError(
             "none of the listed videos exists",
-            f"{path}; looked under {videos}, first for {rows[0][1]['video']}",
+            f"{path}; looked under {videos}, first for {short(rows[0][1]['video'])}",
             "paths in the list are relative to the folder of videos",
         )
     return Listing(classes, present, rejects)
@@ -225,24 +221,6 @@ class _Scan:
         return Listing(
             sorted({class_name for class_name, _ in self.found}), sources, self.rejects, self.ignored
         )
-
-
-def video_stem(name: str) -> str | None:
-    """The name of a video file without its extension; None where the extension is no video's."""
-    stem, extension = os.path.splitext(name)
-    return stem if _VIDEO.fullmatch(extension) else None
-
-
-def check_text(text: str, where: str) -> None:
-    """Refuses what no name should hold: a store could not keep it, or a terminal would obey it.
-
-    Raises:
-        GkdError: control characters, line separators, halves of characters, a stray byte order mark.
-    """
-    found = _UNFIT.search(text)
-    if found:
-        what = f"a name holds {found[0]!a}, which is not valid text"
-        raise GkdError(what, where, "write the list as plain UTF-8 text")
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -339,7 +317,7 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
         place = f"entry {number}"
         if isinstance(entry, _Twice):
             check_text(entry.key, f"{path} {place}")
-            raise GkdError(f"an entry has the key `{entry.key}` twice", f"{path} {place}", _LIST_HINT)
+            raise GkdError(f"an entry has the key `{short(entry.key)}` twice", f"{path} {place}", _LIST_HINT)
         if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
             raise GkdError("an entry is not an object of strings", f"{path} {place}", _LIST_HINT)
         _check_columns(set(entry), f"{path} {place}")
@@ -366,7 +344,7 @@ def _check_columns(names: set[str], where: str) -> None:
     unknown = sorted(names - set(_COLUMNS))
     if unknown:
         check_text(unknown[0], where)
-        raise GkdError(f"`{unknown[0]}` is not a column of a list of videos", where, _LIST_HINT)
+        raise GkdError(f"`{short(unknown[0])}` is not a column of a list of videos", where, _LIST_HINT)
     missing = [name for name in _COLUMNS[:2] if name not in names]
     if missing:
         raise GkdError(f"there is no column `{missing[0]}`", where, _LIST_HINT)
@@ -381,15 +359,15 @@ def _listed(row: dict[str, str], where: str, videos: Path, frames: bool) -> Sour
     check_text("".join(row.values()), where)
     subset: Any = row.get("subset", "train")
     if subset not in SUBSETS:
-        raise refuse(f"`{subset}` is not a subset", "use train or test")
+        raise refuse(f"`{short(subset)}` is not a subset", "use train or test")
     inside = PurePosixPath(row["video"])
     if inside.is_absolute() or ".." in inside.parts:
         raise refuse(
-            f"`{row['video']}` leads out of the folder of videos", f"use a path relative to {videos}"
+            f"`{short(row['video'])}` leads out of the folder of videos", f"use a path relative to {videos}"
         )
     parts = (inside if frames else inside.with_suffix("")).parts if inside.name else ()
     if len(parts) > 1 and parts[0] == row["class"]:
         parts = parts[1:]
     if not parts:
-        raise refuse(f"`{row['video']}` names no file", _LIST_HINT)
+        raise refuse(f"`{short(row['video'])}` names no file", _LIST_HINT)
     return Source(videos / inside, row["class"], "/".join(parts), {1: subset})

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from gkdcli.data.annotations import check_text, video_stem
+from gkdcli.data.names import check_text, short, video_stem
 from gkdcli.errors import GkdError
 
 LAST_COLUMN = re.compile(r"(.*[^ \t])[ \t]+([^ \t]+)")
@@ -139,8 +139,3 @@ def whole_number(line: Line, token: str, what: str) -> int:
     if not NUMBER.fullmatch(token):
         raise line.error(f"`{short(token)}` is not a {what}", "use a whole number of at most nine digits")
     return int(token)
-
-
-def short(text: str) -> str:
-    """Text that fits into a line of an error."""
-    return text if len(text) <= 80 else f"{text[:77]}..."

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gkdcli.data import split_files
-from gkdcli.data.annotations import Listing, Source, video_stem
+from gkdcli.data.annotations import Listing, Source
+from gkdcli.data.names import video_stem
 from gkdcli.data.split_files import Files, Lists, Lookup, group_of
 from gkdcli.errors import GkdError
 

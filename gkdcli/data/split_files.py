@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-from gkdcli.data.annotations import SUBSETS, Subset, video_stem
+from gkdcli.data.annotations import SUBSETS, Subset
 from gkdcli.data.list_lines import (
     LAST_COLUMN,
     NUMBER,
@@ -19,9 +20,9 @@ from gkdcli.data.list_lines import (
     cut_last,
     once,
     read_lines,
-    short,
     whole_number,
 )
+from gkdcli.data.names import short, video_stem
 from gkdcli.errors import GkdError
 
 CLASS_INDEX = "classInd.txt"
@@ -132,6 +133,10 @@ def read_hmdb51(folder: Path, files: Files, lookup: Lookup) -> Lists:
                     raise line.error(f"`{short(flag)}` is not a flag of a split", hint)
                 subset = (None, *SUBSETS)[int(flag)]
                 lists.add(line, class_name, bare_name(line, video), split, subset)
+    for split, subset in product(numbers, SUBSETS):
+        if not any(listed.splits.get(split) == subset for listed in lists.videos.values()):
+            what = f"no video belongs to `{subset}` of split {split}"
+            raise GkdError(what, str(folder), "a flag of 1 is training, 2 test, 0 neither")
     return lists
 
 
@@ -243,7 +248,7 @@ def _name_labels(folder: Path, rows: Mapping[str, _Row], lookup: Lookup) -> List
             _classes([(row, taken[stem]) for stem, row in rows.items()], 0, fold=True), spelled=False
         )
     folders = lookup(rows)
-    lying = [(rows[stem], min(found)) for stem, found in folders.items() if len(found) == 1]
+    lying = [(row, min(folders[stem])) for stem, row in rows.items() if len(folders.get(stem, ())) == 1]
     seen = {row.label for row, _ in lying}
     nameless = next((row for row in rows.values() if row.label not in seen), None)
     if nameless:
