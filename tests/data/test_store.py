@@ -182,12 +182,14 @@ def test_a_failed_part_leaves_nothing(tmp_path: Path) -> None:
 def test_long_videos_wait_on_disk_not_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(parts, "_HELD_BYTES", 1000)
     jpegs = _jpegs("x", 50)
-    with PartWriter(tmp_path / "x.h5", "jpeg", {}) as part:
+    with PartWriter(tmp_path / "x.h5", "jpeg", {}, "flow") as part:
         for jpeg in jpegs:
-            part.append(jpeg)
-        assert sum(map(len, part._held)) <= 1000
+            part.append((jpeg, jpeg[::-1]))
+        for stream in part._streams.values():
+            assert sum(map(len, stream._held)) <= 1000
     with h5py.File(tmp_path / "x.h5") as file:
-        assert file["frames"][:].tobytes() == b"".join(jpegs)
+        assert file["flow_x"][:].tobytes() == b"".join(jpegs)
+        assert file["flow_y"][:].tobytes() == b"".join(jpeg[::-1] for jpeg in jpegs)
     assert os.listdir(tmp_path) == ["x.h5"]
 
 
