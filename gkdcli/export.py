@@ -95,6 +95,7 @@ def describe(run: Run, network: Recognizer) -> dict[str, Any]:
             "name": "logits",
             "shape": ["batch", len(record["classes"])],
             "meaning": _MEANING[record["recipe"]],
+            "of": "attended feature" if network.attention and network.scores_attended else "plain feature",
         },
         "preprocessing": {
             "steps": _steps(page, record["modality"]),
@@ -177,7 +178,8 @@ def _readable(card: dict[str, Any]) -> str:
         "",
         "## Output",
         "",
-        f"`logits`, {' x '.join(map(str, card['output']['shape']))}: {card['output']['meaning']}.",
+        f"`logits`, {' x '.join(map(str, card['output']['shape']))}, of the {card['output']['of']}:"
+        f" {card['output']['meaning']}.",
         "",
         "## Classes",
         "",

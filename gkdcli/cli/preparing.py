@@ -74,6 +74,12 @@ def prepare(
         raise usage_error(
             what, f"argument VIDEOS {videos}, and --from-frames {from_frames}", "name one of them"
         )
+    if flow is not None and modality == PreparedModality.rgb:
+        raise usage_error(
+            "--flow says how flow is computed, but only rgb is prepared",
+            f"--flow {flow.value}",
+            "add `--modality both` or `--modality flow`",
+        )
     flags = {
         "name": ("--name", name),
         "dataset": ("--name", name),

@@ -82,7 +82,7 @@ def evaluate(
     """Scores a trained network on the test videos."""
     runs = {"run": run, "rgb_run": rgb_run, "flow_run": flow_run}
     _check_fusion_flags(fusion, shared.modality.value, runs, fusion_weights)
-    flags = {"eval.fusion_weights": ("--fusion-weights", _numbers("--fusion-weights", fusion_weights))}
+    flags = {"eval.fusion_weights": ("--fusion-weights", _pair("--fusion-weights", fusion_weights))}
 
     def call(*given: Any) -> Result:
         from gkdcli.pipeline.evaluate import evaluate
@@ -125,14 +125,15 @@ def _check_fusion_flags(
         raise usage_error(f"{odd} does not go {'with' if fusion else 'without'} --fusion", odd, hint)
 
 
-def _numbers(flag: str, text: str | None) -> list[float] | None:
+def _pair(flag: str, text: str | None) -> list[float] | None:
     """`1,1.5` -> [1.0, 1.5]."""
     if text is None:
         return None
     try:
-        return [float(word) for word in text.split(",")]
+        rgb, flow = (float(word) for word in text.split(","))
     except ValueError:
-        raise usage_error(f"`{text}` is no list of numbers", f"{flag} {text}", "for example 1,1.5") from None
+        raise usage_error(f"`{text}` is no pair of numbers", f"{flag} {text}", "for example 1,1.5") from None
+    return [rgb, flow]
 
 
 @app.command("export")

@@ -185,19 +185,29 @@ def normalise(clips: Tensor, settings: ClipSettings) -> Tensor:
         GkdError: another number of channels than of means or deviations.
     """
     channels = clips.shape[1]
+    require_channels(settings, channels)
     mean, std = (
         torch.tensor(values * channels if len(values) == 1 else values, device=clips.device)
         for values in (list(settings.mean), list(settings.std))
     )
-    if len(mean) != channels or len(std) != channels:
-        raise GkdError(
-            f"clips have {channels} channels, but clips.mean has {len(mean)} values and clips.std {len(std)}",
-            "settings clips.mean and clips.std",
-            "give one value for all channels, or one per channel",
-        )
     scale = 1 / (255 * std)
     floats = clips.to(torch.float32, memory_format=torch.channels_last_3d)
     return floats.mul_(scale.view(1, -1, 1, 1, 1)).sub_((mean / std).view(1, -1, 1, 1, 1))
+
+
+def require_channels(settings: ClipSettings, channels: int) -> None:
+    """Refuses a mean or deviation for another number of channels.
+
+    Raises:
+        GkdError: with both numbers.
+    """
+    mean, std = len(settings.mean), len(settings.std)
+    if mean not in (1, channels) or std not in (1, channels):
+        raise GkdError(
+            f"clips have {channels} channels, but clips.mean has {mean} values and clips.std {std}",
+            "settings clips.mean and clips.std",
+            "give one value for all channels, or one per channel, for flow in a table [flow.clips]",
+        )
 
 
 def hold_out(rows: Sequence[VideoRow], videos: Sequence[int], fraction: float) -> tuple[list[int], list[int]]:

@@ -62,6 +62,7 @@ class _Plan:
     skipped: int = 0
     rejected: dict[str, Reject] = field(default_factory=dict)
     unlisted: int = 0
+    attributes: dict[Path, dict[str, Any]] = field(default_factory=dict)  # of the parts that stay
 
 
 def prepare_parts(
@@ -117,7 +118,7 @@ def prepare_parts(
                 try:
                     with _signals() as signals, Crew(work, size) as crew:
                         _check_disk(crew, plan.jobs, store_folder, signals)
-                        for modality in modalities:
+                        for modality in {modality for job in plan.jobs for modality in job.parts}:
                             mark_unfinished(
                                 store_folder, dataset, modality, settings[modality], len(listing.sources)
                             )
@@ -130,7 +131,12 @@ def prepare_parts(
             good = [source for source in listing.sources if str(source.path) not in plan.rejected]
             indexes = {
                 modality: build_index(
-                    store_folder, dataset, modality, replace(listing, sources=good), settings[modality]
+                    store_folder,
+                    dataset,
+                    modality,
+                    replace(listing, sources=good),
+                    settings[modality],
+                    plan.attributes,
                 )
                 for modality in modalities
             }
@@ -188,6 +194,7 @@ def _plan(
             if found.get("source_size") == size:
                 _check_settings(parts[modality], json.loads(found["settings"]), data.stored(modality))
                 if found["source_mtime_ns"] == mtime_ns:
+                    plan.attributes[parts[modality]] = found
                     continue
                 digests[modality] = found["source_digest"]
             missing[modality] = parts[modality]
@@ -230,7 +237,9 @@ class _Tally:
             reason = f"the decoder crashed ({f'signal {number}' if number else 'it ended the process'})"
             self.plan.rejected[str(path)] = Reject(reason) if result.killed else Reject.of(path, reason)
         elif result.reason:
-            self.plan.rejected[str(path)] = Reject.of(path, result.reason)
+            self.plan.rejected[str(path)] = (
+                Reject(result.reason) if result.again else Reject.of(path, result.reason)
+            )
         elif result.unchanged:
             self.unchanged += 1
         else:

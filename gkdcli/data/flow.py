@@ -8,7 +8,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from gkdcli.data.video import BadVideo
+from gkdcli.data.video import BadFlow
 from gkdcli.settings import FlowMethod
 
 Bytes = NDArray[np.uint8]
@@ -51,7 +51,7 @@ class FlowEstimator:
         """Flow of two grey frames (H, W), quantised: (H, W, 2) uint8, x to the right and y downwards.
 
         Raises:
-            BadVideo: the frames are too small for the method.
+            BadFlow: the frames are too small for the method.
         """
         try:
             if self._estimator is None:
@@ -60,7 +60,7 @@ class FlowEstimator:
                 flow = self._estimator.calc(before, after, None)
         except cv2.error as error:
             height, width = before.shape
-            raise BadVideo(f"no flow can be computed on {width}x{height} px: {error.err}") from None
+            raise BadFlow(f"no flow can be computed on {width}x{height} px: {error.err}") from None
         return quantise(np.asarray(flow, np.float32), self.bound)
 
 

@@ -10,7 +10,18 @@ from types import TracebackType
 
 import numpy as np
 
-from gkdcli.data.video import BadVideo, Bytes, Picture, VideoInfo, decode, encode, rescale, stored_size
+from gkdcli.data.video import (
+    BadFlow,
+    BadVideo,
+    Bytes,
+    Picture,
+    VideoInfo,
+    decode,
+    encode,
+    require_decodable,
+    rescale,
+    stored_size,
+)
 from gkdcli.settings import DataSettings
 
 # the seed's `image_00001.jpg`, the two-stream repository's `img_00001.jpg`, `flow_x_00001.jpg`
@@ -54,8 +65,12 @@ class FrameFolder:
         self._flow = [_consecutive(kinds.get(kind, {})) for kind in ("flow_x", "flow_y")]
         if not self._rgb and not any(self._flow):
             raise BadVideo("no image_%05d.jpg, img_%05d.jpg or flow_x_%05d.jpg in it")
-        if len(self._flow[0]) != len(self._flow[1]):
-            raise BadVideo(f"{len(self._flow[0])} images of flow x, {len(self._flow[1])} of flow y")
+        numbers = [set(kinds.get(kind, {})) for kind in ("flow_x", "flow_y")]
+        if numbers[0] != numbers[1]:
+            odd = min(numbers[0] ^ numbers[1])
+            raise BadFlow(
+                f"{len(numbers[0])} images of flow x, {len(numbers[1])} of flow y: only one has number {odd}"
+            )
         self._check_counts(path / "n_frames")
         width, height, _ = _read(self._rgb[0] if self._rgb else self._flow[0][0])[1]
         self.info = VideoInfo("jpeg", width, height, 0.0, len(self._rgb or self._flow[0]), 0.0, 0)
@@ -69,6 +84,11 @@ class FrameFolder:
         return
 
     @property
+    def has_frames(self) -> bool:
+        """Whether there are frames, and not flow alone."""
+        return bool(self._rgb)
+
+    @property
     def has_flow(self) -> bool:
         """Whether flow was extracted too; otherwise it is computed from the images."""
         return bool(self._flow[0])
@@ -76,9 +96,9 @@ class FrameFolder:
     def _check_counts(self, n_frames: Path) -> None:
         frames, flow = len(self._rgb), len(self._flow[0])
         if frames and flow and flow not in (frames, frames - 1):
-            raise BadVideo(f"{flow} images of flow for {frames} frames")
+            raise BadFlow(f"{flow} images of flow for {frames} frames")
         if n_frames.is_file():
-            stated = n_frames.read_text(encoding="utf-8", errors="replace").strip()
+            stated = _bytes(n_frames).decode("utf-8", "replace").strip()
             if stated != str(frames or flow):
                 raise BadVideo(f"n_frames says {stated[:20]!r}, {frames or flow} images are there")
 
@@ -101,13 +121,13 @@ class FrameFolder:
         """
         if not self._rgb:
             raise BadVideo("it holds flow and no frames")
-        if data.fps:
-            raise BadVideo("the frame rate of images is unknown, so frames cannot be chosen by it")
+        _check_rate(data)
         _, width, height = self.scaling(data)
         for path in self._rgb:
             jpeg, channels = self._image(path)
             self.read += 1
             if (width, height) == (self.info.width, self.info.height) and channels in (1, 3):
+                require_decodable(jpeg)
                 yield Picture(None, jpeg)
             else:
                 yield Picture(rescale(decode(jpeg), width, height, data))
@@ -115,11 +135,17 @@ class FrameFolder:
     def flows(self, data: DataSettings) -> Iterator[tuple[bytes, ...] | Bytes]:
         """Yields the extracted flow as a store keeps it: (JPEG of x, JPEG of y), or (H, W, 2) uint8.
 
-        One image fewer than frames is usual: the last is repeated.
+        One image fewer than frames is usual: the last is repeated. Where pictures are scaled, so is the
+        speed that they show.
+
+        Raises:
+            BadVideo: an image is damaged or of another size than the first.
         """
+        _check_rate(data)
         pair: tuple[bytes, ...] | Bytes | None = None
         for paths in zip(*self._flow, strict=True):
             pair = self._pair(paths, data)
+            self.read += not self._rgb
             yield pair
         if pair is not None and len(self._flow[0]) == len(self._rgb) - 1:
             yield pair
@@ -129,8 +155,12 @@ class FrameFolder:
         found = [self._image(path) for path in paths]
         asis = (width, height) == (self.info.width, self.info.height)
         if data.storage == "jpeg" and asis and all(channels == 1 for _, channels in found):
+            for jpeg, _ in found:
+                require_decodable(jpeg)
             return tuple(jpeg for jpeg, _ in found)
         planes = [rescale(decode(jpeg, grey=True), width, height, data) for jpeg, _ in found]
+        ratios = width / self.info.width, height / self.info.height
+        planes = [_faster(plane, ratio) for plane, ratio in zip(planes, ratios, strict=True)]
         if data.storage == "raw":
             return np.stack(planes, axis=2)
         return tuple(encode(plane, data) for plane in planes)
@@ -156,12 +186,28 @@ def _consecutive(images: dict[int, Path]) -> list[Path]:
     return [images[number] for number in numbers]
 
 
+def _check_rate(data: DataSettings) -> None:
+    if data.fps:
+        raise BadVideo("the frame rate of images is unknown, so frames cannot be chosen by it")
+
+
+def _faster(plane: Bytes, ratio: float) -> Bytes:
+    """One component of flow in a picture that was scaled by `ratio`: 127.5 stands for no motion."""
+    if ratio == 1:
+        return plane
+    return np.asarray(np.clip(np.rint((plane - 127.5) * ratio + 127.5), 0, 255), np.uint8)
+
+
 def _read(path: Path) -> tuple[bytes, tuple[int, int, int]]:
+    jpeg = _bytes(path)
+    return jpeg, jpeg_size(jpeg, path.name)
+
+
+def _bytes(path: Path) -> bytes:
     try:
-        jpeg = path.read_bytes()
+        return path.read_bytes()
     except OSError as error:
         raise BadVideo(f"{path.name} cannot be read: {error.strerror}") from None
-    return jpeg, jpeg_size(jpeg, path.name)
 
 
 def jpeg_size(jpeg: bytes, name: str) -> tuple[int, int, int]:

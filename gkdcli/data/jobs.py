@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,10 +15,10 @@ from gkdcli.data.annotations import Source
 from gkdcli.data.flow import FlowEstimator
 from gkdcli.data.images import FrameFolder
 from gkdcli.data.parts import Bytes, PartWriter, Stored, read_attributes
-from gkdcli.data.video import BadVideo, VideoReader, encode, stored_size
+from gkdcli.data.video import BadFlow, BadVideo, VideoReader, encode, stored_size
 from gkdcli.files import digest, disk_is_full, stamp
 from gkdcli.runs import version
-from gkdcli.settings import DataSettings
+from gkdcli.settings import MODALITIES, DataSettings
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,8 @@ class Job:
         size: of the file, or of all images, in bytes.
         known: digest of the source of a part that is there, by modality; where all are the same as the
             source's, nothing is done.
-        beside: the part of the other modality, where it is not among `parts`; it must be equally long.
+        beside: the part of the other modality, where it is not among `parts`; of the same video it must be
+            equally long.
         probe_only: only estimate frames and bytes.
     """
 
@@ -53,6 +54,7 @@ class Result:
         frames: in the part.
         bytes: of the part.
         reason: of a reject; "" otherwise.
+        again: the reason may pass although the source does not change.
         unchanged: the part that is there serves.
         failure: the store cannot be written, and why.
         full: because the disk is full.
@@ -61,6 +63,7 @@ class Result:
     frames: int = 0
     bytes: int = 0
     reason: str = ""
+    again: bool = False
     unchanged: bool = False
     failure: str = ""
     full: bool = False
@@ -71,7 +74,7 @@ def work(job: Job) -> Result:
     try:
         return _probe(job) if job.probe_only else _prepare(job)
     except BadVideo as error:
-        return Result(reason=" ".join(str(error).split()))
+        return Result(reason=" ".join(str(error).split()), again=isinstance(error, BadFlow))
     except MemoryError:
         return Result(reason="needs more memory than there is")
 
@@ -117,8 +120,9 @@ def _prepare(job: Job) -> Result:
                 modality: stack.enter_context(PartWriter(part, data.storage, attributes, modality))
                 for modality, part in job.parts.items()
             }
-            _write(video, parts, data)
-            _require_equal_length(parts, job.beside)
+            beside = _frames_beside(job.beside, attributes)
+            _write(video, parts, data, beside)
+            _require_equal_length(parts, beside)
             sampling, fps = video.sampling(data)
             scaling, width, height = video.scaling(data)
             for modality, part in parts.items():
@@ -145,15 +149,23 @@ def _prepare(job: Job) -> Result:
         return Result(failure=str(error), full=disk_is_full(error))
 
 
-def _write(video: VideoReader | FrameFolder, parts: Mapping[str, PartWriter], data: DataSettings) -> None:
-    """All frames into all parts, in one pass over the video."""
+def _write(
+    video: VideoReader | FrameFolder,
+    parts: Mapping[str, PartWriter],
+    data: DataSettings,
+    beside: int | None,
+) -> None:
+    """All frames into all parts, in one pass over the video; `beside` frames are in the other stream."""
     rgb, flow = parts.get("rgb"), parts.get("flow")
     if flow is not None and isinstance(video, FrameFolder) and video.has_flow:
         flow.update(
             flow_method=data.flow, flow_bound=data.flow_bound, flow_parameters="as the images were given"
         )
+        images: Stored | None = None
         for images in video.flows(data):
             flow.append(images)
+        if images is not None and not video.has_frames and beside == flow.frames + 1:
+            flow.append(images)  # one image fewer than frames is usual
         flow = None
         if rgb is None:
             return
@@ -171,7 +183,7 @@ def _write(video: VideoReader | FrameFolder, parts: Mapping[str, PartWriter], da
     if flow is None or estimator is None:
         return
     if motion is None:
-        raise BadVideo("one frame only, so there is no motion between frames")
+        raise BadFlow("one frame only, so there is no motion between frames")
     flow.append(motion)  # the last is repeated: as many as frames
     flow.update(
         flow_method=data.flow,
@@ -187,15 +199,26 @@ def _stored_flow(flow: Bytes, data: DataSettings) -> Stored:
     return tuple(encode(np.ascontiguousarray(flow[:, :, axis]), data) for axis in (0, 1))
 
 
-def _require_equal_length(parts: Mapping[str, PartWriter], beside: Path | None) -> None:
+def _frames_beside(part: Path | None, attributes: Mapping[str, Any]) -> int | None:
+    """Length of the other stream; None where there is none, or one of an older version of the file."""
+    if part is None or not part.exists():
+        return None
+    try:
+        found = read_attributes(part)
+    except OSError:
+        return None  # a damaged one is found where it is used
+    stale = found["source"] == attributes["source"] and found["source_digest"] != attributes["source_digest"]
+    return None if stale else int(found["frame_count"])
+
+
+def _require_equal_length(parts: Mapping[str, PartWriter], beside: int | None) -> None:
     """Both streams of a video show the same moments, or fusion would mean nothing."""
     lengths = {modality: part.frames for modality, part in parts.items()}
-    if beside is not None and beside.exists():
-        with contextlib.suppress(OSError):  # a damaged one is found where it is used
-            lengths[beside.parent.parent.name] = int(read_attributes(beside)["frame_count"])
+    if beside is not None:
+        lengths[next(modality for modality in MODALITIES if modality not in parts)] = beside
     if len(set(lengths.values())) > 1:
         told = ", ".join(f"{modality} has {frames} frames" for modality, frames in sorted(lengths.items()))
-        raise BadVideo(f"the two streams differ in length: {told}")
+        raise BadFlow(f"the two streams differ in length: {told}")
 
 
 def _stamp(path: Path) -> tuple[int, int]:

@@ -319,8 +319,8 @@ class PartReader:
             os.close(self._descriptor)
 
 
-def read_attributes(path: Path) -> dict[str, Any]:
-    """The attributes of a part.
+def read_attributes(path: Path, schema: int = SCHEMA) -> dict[str, Any]:
+    """The attributes of a part, or of another file of the store and its schema.
 
     Raises:
         OSError: it is not a whole part of this schema.
@@ -330,8 +330,8 @@ def read_attributes(path: Path) -> dict[str, Any]:
             attributes = {key: plain_value(value) for key, value in file.attrs.items()}
     except RuntimeError as error:  # h5py's other way to say that a file is damaged
         raise OSError(str(error)) from None
-    if attributes.get("schema") != SCHEMA:
-        raise OSError(f"schema {attributes.get('schema')}, not {SCHEMA}")
+    if attributes.get("schema") != schema:
+        raise OSError(f"schema {attributes.get('schema')}, not {schema}")
     return attributes
 
 

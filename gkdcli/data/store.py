@@ -19,8 +19,8 @@ import h5py
 import numpy as np
 
 from gkdcli.data.annotations import SUBSETS, Listing, Subset
+from gkdcli.data.parts import SCHEMA as PART_SCHEMA
 from gkdcli.data.parts import (
-    SCHEMA,
     Bytes,
     PartReader,
     PartWriter,
@@ -46,6 +46,7 @@ __all__ = [
     "unescape",
 ]
 _OPEN_PARTS = 32
+SCHEMA = 2  # of the index; parts have their own
 _ROW = np.dtype(
     [
         ("name", h5py.string_dtype()),
@@ -89,7 +90,12 @@ def mark_unfinished(
 
 
 def build_index(
-    store_folder: Path, dataset: str, modality: str, listing: Listing, settings: Mapping[str, Any]
+    store_folder: Path,
+    dataset: str,
+    modality: str,
+    listing: Listing,
+    settings: Mapping[str, Any],
+    known: Mapping[Path, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Writes `<store_folder>/<modality>.h5` from the parts; listed videos without a part are left out.
 
@@ -99,6 +105,7 @@ def build_index(
         modality: the name of the folder of parts.
         listing: classes and splits; the position of a class is its label.
         settings: `DataSettings.stored(modality)` of the parts.
+        known: attributes of parts that were read already.
 
     Returns:
         The index.
@@ -119,7 +126,7 @@ def build_index(
         if not part.exists():
             continue
         try:
-            found = read_attributes(part)
+            found = (known or {}).get(part) or read_attributes(part)
         except OSError as error:
             raise damaged_part(part, str(error)) from None
         rows.append(
@@ -160,9 +167,10 @@ def build_index(
 def written_settings(store_folder: Path, modality: str) -> dict[str, Any]:
     """`DataSettings.stored(modality)` of what was written so far; empty where nothing was."""
     attributes: dict[str, Any] = {}
-    for path in [store_folder / f"{modality}.h5", *(store_folder / modality).glob("*/*.h5")]:
+    index, parts = store_folder / f"{modality}.h5", (store_folder / modality).glob("*/*.h5")
+    for path, schema in [(index, SCHEMA), *((part, PART_SCHEMA) for part in parts)]:
         try:
-            attributes = read_attributes(path)
+            attributes = read_attributes(path, schema)
             break
         except OSError:
             continue  # absent or damaged: the next one tells as much
@@ -247,7 +255,7 @@ class Store:
                     raise GkdError(
                         f"the {modality} store was written by another version of gkd",
                         f"{index}: schema {head['schema']}, this version reads {SCHEMA}",
-                        f"move {index.parent} away and run `gkd prepare {dataset}` again",
+                        f"run `gkd prepare {dataset}` again: it keeps the parts and writes a new index",
                     )
                 if not head["complete"]:
                     raise _unfinished(index, int(head["expected"]))
@@ -260,7 +268,7 @@ class Store:
                 }
             videos = [_row(cells) for cells in table.tolist()]
             return cls(index, head, classes, videos, splits)
-        except (OSError, RuntimeError, KeyError, ValueError) as error:
+        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
             raise GkdError(
                 f"the index of the {modality} store is damaged",
                 f"{index}: {error}",

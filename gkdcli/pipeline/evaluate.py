@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from gkdcli.evaluation.fusion import fuse
 from gkdcli.evaluation.predict import Predictions, load_predictions, predict, save_predictions
 from gkdcli.evaluation.scores import check_requirements, class_scores, parse_requirement, recognition_scores
 from gkdcli.files import digest, write_json
-from gkdcli.pipeline.lookup import find_run, open_store
+from gkdcli.pipeline.lookup import find_run, open_store, require_same_flow, split_videos
 from gkdcli.report import draw_confusion
 from gkdcli.result import Result, jsonable
 from gkdcli.runs import Place, Run, newest_complete
@@ -66,11 +67,9 @@ def evaluate(
         find_run(place, console, model, run, store, flag)
         for place, run, store, flag in zip(places, runs, stores, flags, strict=True)
     ]
-    _require_one_recipe(found)
+    _require_fusible(places, console, stores, found)
     if dry_run:
-        videos = _test_videos(stores[0], places[0].split)
-        names = [str(run.folder) for run in found]
-        return Result({"runs": names, "videos": len(videos), "split": places[0].split}, names[0])
+        return Result(_plan(places, stores, found), str(found[0].folder))
     saved: Saved = "must" if rescore else "never"
     streams = [
         _stream(place, console, store, run, saved)
@@ -91,15 +90,16 @@ def evaluate(
     return Result(payload, str(found[0].folder), code, error, f"next: `{places[0].command('export')}`")
 
 
-def _test_videos(store: Store, split: int) -> list[int]:
-    videos = store.split(split, "test")
-    if not videos:
-        raise GkdError(
-            f"{store.dataset} has no test videos",
-            str(store.path),
-            "prepare it with a larger data.test_fraction",
-        )
-    return videos
+def _plan(places: Sequence[Place], stores: Sequence[Store], runs: Sequence[Run]) -> dict[str, Any]:
+    """What would be scored."""
+    videos = len(split_videos(stores[0], places[0], "test"))
+    plan: dict[str, Any] = {"run": str(runs[0].folder), "videos": videos, "weights": str(runs[0].weights)}
+    if len(runs) > 1:
+        plan["runs"] = [
+            {"stream": place.modality, "run": str(run.folder)}
+            for place, run in zip(places, runs, strict=True)
+        ]
+    return plan
 
 
 def _require_like_stores(stores: Sequence[Store]) -> None:
@@ -111,19 +111,49 @@ def _require_like_stores(stores: Sequence[Store]) -> None:
         )
 
 
-def _require_one_recipe(runs: Sequence[Run]) -> None:
-    """Scores of the two recipes are made of logits in two ways."""
-    recipes = {run.record["recipe"] for run in runs}
-    if len(recipes) > 1:
-        raise GkdError(
-            "the two networks are of other recipes",
-            ", ".join(f"{run.folder}: {run.record['recipe']}" for run in runs),
-            "name runs of one recipe with --rgb-run and --flow-run",
+def _require_fusible(
+    places: Sequence[Place], console: Console, stores: Sequence[Store], runs: Sequence[Run]
+) -> None:
+    """Refuses before any network runs what `fuse` would refuse after both have, and unlike recipes."""
+    for what, values in (
+        ("recipes", [run.record["recipe"] for run in runs]),  # their scores are made of logits in two ways
+        ("clip lengths", [run.settings.clips.length for run in runs]),
+    ):
+        if len(set(values)) > 1:
+            raise GkdError(
+                f"the two networks are of other {what}: {' and '.join(map(str, values))}",
+                ", ".join(str(run.folder) for run in runs),
+                "name runs that agree with --rgb-run and --flow-run",
+            )
+    rows = [
+        {
+            (row.class_name, row.name): row
+            for row in (store.videos[video] for video in split_videos(store, place, "test"))
+        }
+        for store, place in zip(stores, places, strict=True)
+    ]
+    for other in rows[1:]:
+        unlike = sorted(rows[0].keys() ^ other.keys()) or sorted(
+            name for name, row in other.items() if row.frames != rows[0][name].frames
         )
+        if unlike:
+            raise GkdError(
+                f"the two streams are of other videos: {len(rows[0])} and {len(other)},"
+                f" {len(unlike)} are only in one or differ in length",
+                f"first: {'/'.join(unlike[0])}; {' and '.join(str(store.path) for store in stores)}",
+                "prepare both together: `gkd prepare ... --modality both`",
+            )
+        others = sum(row.digest != rows[0][name].digest for name, row in other.items())
+        if others:  # images of flow that were extracted elsewhere, or a video that was replaced since
+            console.warn(
+                f"rgb and flow of {others} of {len(other)} videos come from different files",
+                " and ".join(str(store.path) for store in stores),
+                "if a video has changed, `gkd prepare ... --modality both` brings both up to date",
+            )
 
 
 def _stream(place: Place, console: Console, store: Store, run: Run, saved: Saved) -> _Stream:
-    videos = _test_videos(store, place.split)
+    videos = split_videos(store, place, "test")
     return _Stream(place, store, run, _predictions(place, console, run, store, videos, saved))
 
 
@@ -131,9 +161,11 @@ def _predictions(
     place: Place, console: Console, run: Run, store: Store, videos: list[int], saved: Saved
 ) -> Predictions:
     path, weights = run.folder / "predictions.h5", digest(run.weights)
-    if saved == "must" or (saved == "may" and path.is_file()):
-        kept = load_predictions(path)
-        if kept.fingerprint == store.fingerprint and kept.weights == weights:
+    if saved != "never":
+        kept = None
+        with contextlib.nullcontext() if saved == "must" else contextlib.suppress(GkdError):
+            kept = load_predictions(path)
+        if kept and kept.fingerprint == store.fingerprint and kept.weights == weights:
             return kept
         if saved == "must":
             raise GkdError(
@@ -181,7 +213,7 @@ def _scored(streams: Sequence[_Stream]) -> tuple[Predictions, dict[str, Any]]:
         "training_seconds": _sum(rgb["training_seconds"], flow["training_seconds"]),
         "rgb": rgb,
         "flow": flow,
-        "fused": scores,
+        "fused": {key: scores[key] for key in ("top1", "top5", "mean_class_top1")},
         "protocol": {
             **{key: rgb["protocol"][key] for key in ("dataset", "split", "videos", "recipe", "views")},
             "modality": "rgb+flow",
@@ -242,6 +274,8 @@ def _comparison(places: Sequence[Place], console: Console, stores: Sequence[Stor
     for name, stage, method in _COMPARED:
         try:
             runs = [newest_complete(place, stage, stores[0].classes, method) for place in places]
+            for run, store in zip(runs, stores, strict=True):
+                require_same_flow(run, store)
         except GkdError:
             console.note(f"no {name} to compare with")
             continue

@@ -22,7 +22,7 @@ def open_store(place: Place) -> Store:
             f"there is no {place.modality} store for {place.settings.dataset};"
             " temporal detection is not built yet",
             str(place.store),
-            "this version trains recognition: demo, folder",
+            "this version trains recognition: demo, folder, hmdb51, ucf101",
         )
     store = Store.open(place.store)
     differences = setting_differences(store.settings, place.settings.data.stored(place.modality))
@@ -56,6 +56,25 @@ def find_run(
     if run.record["store"]["fingerprint"] != store.fingerprint:
         console.warn("the store has changed since this run was trained on it", str(run.folder))
     return run
+
+
+def split_videos(store: Store, place: Place, subset: str) -> list[int]:
+    """The videos of a subset of the split asked for.
+
+    Raises:
+        GkdError: there is no such split, or none of its videos is in the store.
+    """
+    videos = store.split(place.split, subset)
+    if not videos:
+        rejects = place.store.with_suffix(".rejected.tsv")
+        raise GkdError(
+            f"split {place.split} of {store.dataset} has no {'training' if subset == 'train' else 'test'} videos",
+            str(store.path),
+            f"rejected videos are in {rejects}"
+            if rejects.is_file()
+            else "prepare it with more videos per class",
+        )
+    return videos
 
 
 def require_same_flow(run: Run, store: Store) -> None:

@@ -12,9 +12,9 @@ from gkdcli.data.demo import CLASSES, draw_videos
 from gkdcli.data.extract import Report, prepare_parts
 from gkdcli.data.lists import find_split_lists, read_split_lists
 from gkdcli.data.workers import available_cores
-from gkdcli.errors import ExitCode, GkdError
+from gkdcli.errors import ExitCode, GkdError, usage_error
 from gkdcli.files import free_bytes, stamp, write_text
-from gkdcli.resolve import page_to_toml, preset_names
+from gkdcli.resolve import page_to_toml, preset_names, read_page
 from gkdcli.result import Result
 from gkdcli.runs import Place
 
@@ -53,6 +53,11 @@ def prepare(
             "this version prepares recognition: demo, folder, hmdb51, ucf101",
             "`gkd prepare folder VIDEOS --name mine` takes one folder per class",
         )
+    if frames is not None and settings.data.source == "drawn":
+        what = "this data set draws its own videos and takes no extracted images"
+        raise usage_error(
+            what, f"--from-frames {frames}", "`gkd prepare folder --from-frames DIR --name mine`"
+        )
     folder = frames or videos or place.videos
     workers = settings.data.workers or available_cores()
     if settings.data.source == "drawn":
@@ -75,7 +80,7 @@ def prepare(
         console.note(f"{listing.unlisted} videos in {folder} are in no list and were ignored")
     if frames is not None and "flow" in modalities:
         console.note(
-            f"images of flow are taken as they are, as {settings.data.flow} with bound"
+            f"images of flow, where there are any, are taken as they are: as {settings.data.flow} with bound"
             f" {settings.data.flow_bound:g} (`--flow`, data.flow_bound)"
         )
     with console.progress(f"prepare {settings.dataset}", len(listing.sources)) as tick:
@@ -89,7 +94,7 @@ def prepare(
             progress=lambda done, total, name, frames: tick(done, name),
             retry=retry,
         )
-    _keep_page(place)
+    _keep_page(place, modalities)
     return _result(place, console, listing, report)
 
 
@@ -163,14 +168,17 @@ def _plan(place: Place, listing: Listing, folder: Path, modalities: Sequence[str
     return Result(payload, code=ExitCode.FAILED, error=error)
 
 
-def _keep_page(place: Place) -> None:
+def _keep_page(place: Place, modalities: Sequence[str]) -> None:
     """One's own data set can be named from now on: its store keeps the page it was prepared with."""
-    settings = place.settings
+    settings, path = place.settings, place.store_folder / "preset.toml"
     if settings.dataset in preset_names():
         return
     page = dict(place.page) | {"dataset": settings.dataset}
     page["data"] = page.get("data", {}) | settings.data.model_dump(mode="json")
-    write_text(place.store_folder / "preset.toml", page_to_toml(page))
+    if "flow" not in modalities and path.is_file():  # what the flow store was made with stays
+        kept = read_page(path).get("data", {})
+        page["data"] |= {key: kept[key] for key in ("flow", "flow_bound") if key in kept}
+    write_text(path, page_to_toml(page))
 
 
 def _result(place: Place, console: Console, listing: Listing, report: Report) -> Result:

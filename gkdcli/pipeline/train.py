@@ -11,7 +11,7 @@ import torch
 from lightning_fabric import Fabric
 
 from gkdcli.console import Console
-from gkdcli.data.clips import ClipDataset, hold_out
+from gkdcli.data.clips import ClipDataset, hold_out, require_channels
 from gkdcli.data.store import Store
 from gkdcli.errors import GkdError
 from gkdcli.evaluation.predict import predict
@@ -21,7 +21,7 @@ from gkdcli.models.cost import cost
 from gkdcli.models.layers import initialise
 from gkdcli.models.recognizer import Recognizer, build_cvae
 from gkdcli.models.weights import load_backbone
-from gkdcli.pipeline.lookup import open_store, require_same_flow
+from gkdcli.pipeline.lookup import open_store, require_same_flow, split_videos
 from gkdcli.report import draw_curves
 from gkdcli.result import Result
 from gkdcli.runs import (
@@ -81,7 +81,8 @@ def train(
             raise GkdError("the store has changed since this run began", str(run.folder), "start a new run")
         teacher = teacher or _recorded_teacher(run)
     settings = place.settings
-    videos, held = hold_out(store.videos, store.split(place.split, "train"), settings.data.holdout)
+    require_channels(settings.clips, CHANNELS[place.modality])
+    videos, held = hold_out(store.videos, split_videos(store, place, "train"), settings.data.holdout)
     teacher_run = _find_teacher(place, console, stage, store, teacher)
     plan = _plan(place, stage, len(store.classes), len(videos), len(held), max_steps, teacher_run)
     if dry_run:

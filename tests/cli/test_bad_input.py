@@ -191,4 +191,26 @@ def test_a_store_of_other_settings_is_refused(gkd: Callable[..., Outcome], tmp_p
     outcome = gkd(*words, "--modality", "flow", "--flow", "farneback")
     assert outcome.code == 1
     assert "data.flow dis -> farneback" in outcome.err
-    gkd(*words, "--flow", "farneback").must()  # frames do not depend on it
+    gkd(*words, "--set", "data.flow=farneback").must()  # frames do not depend on it
+    alone = gkd(*words, "--flow", "farneback")
+    assert alone.code == 2
+    assert "only rgb is prepared" in alone.err
+    page = (tmp_path / "stores" / "own" / "preset.toml").read_text()
+    assert 'flow = "dis"' in page  # what the flow store was made with
+
+
+def test_drawn_data_sets_take_no_images(gkd: Callable[..., Outcome], tmp_path: Path) -> None:
+    outcome = gkd("prepare", "demo-tiny", "--root", tmp_path, "--from-frames", tmp_path / "typo")
+    assert outcome.code == 2
+    assert "draws its own videos" in outcome.err
+    assert not (tmp_path / "typo").exists()
+
+
+def test_one_s_own_flow_is_trained_with_the_page_it_was_prepared_with(
+    prepared: tuple[Path, Outcome], gkd: Callable[..., Outcome], tmp_path: Path
+) -> None:
+    words = ("pretrain-attention", "mine", "--root", prepared[0], "--modality", "flow", "--dry-run", "--json")
+    assert gkd(*words).must().json["result"]["clip"] == "2x64x224x224"
+    outcome = gkd(*words, "--set", "clips.mean=[0.1, 0.2, 0.3]")
+    assert outcome.code == 1
+    assert "clips have 2 channels, but clips.mean has 3 values" in outcome.err

@@ -132,7 +132,16 @@ def test_unlike_classes_recipes_and_videos_are_refused(gkd: Gkd, root: Path) -> 
         index["/splits/1/test"][0] = index["/splits/1/train"][0]
     outcome = gkd(*words)
     assert outcome.code == 1
-    assert "the two streams are of other videos" in outcome.err
+    assert "the two streams are of other videos: 24 and 24, 2 are only in one or differ" in outcome.err
+    assert "evaluate 2" not in outcome.err  # before any network ran
+
+
+def test_the_plan_names_both_networks(gkd: Gkd, root: Path) -> None:
+    plan = (
+        gkd("evaluate", "demo-tiny", "--root", root, "--fusion", "--dry-run", "--json").must().json["result"]
+    )
+    assert [row["stream"] for row in plan["runs"]] == ["rgb", "flow"]
+    assert plan["videos"] == 24
 
 
 def test_flow_of_another_kind_is_refused(gkd: Gkd, root: Path) -> None:
@@ -156,10 +165,10 @@ def test_flow_of_another_kind_is_refused(gkd: Gkd, root: Path) -> None:
         (("--rgb-run", "x"), "--rgb-run does not go without --fusion"),
         (("--flow-run", "x"), "--flow-run does not go without --fusion"),
         (("--fusion-weights", "1,1"), "--fusion-weights does not go without --fusion"),
-        (("--fusion", "--fusion-weights", "1"), "eval.fusion_weights"),
+        (("--fusion", "--fusion-weights", "1"), "`1` is no pair of numbers"),
         (("--fusion", "--fusion-weights", "0,0"), "eval.fusion_weights are both 0"),
         (("--fusion", "--fusion-weights", "1,-1"), "eval.fusion_weights"),
-        (("--fusion", "--fusion-weights", "one,two"), "`one,two` is no list of numbers"),
+        (("--fusion", "--fusion-weights", "one,two"), "`one,two` is no pair of numbers"),
         (("--modality", "both"), "'both' is not one of"),
     ],
 )

@@ -114,6 +114,18 @@ def test_missing_videos_are_listed_and_nothing_is_written(gkd: Gkd, tmp_path: Pa
     assert not (tmp_path / "stores").exists()
 
 
+def test_a_split_without_training_videos_is_refused(gkd: Gkd, ucf: Path) -> None:
+    for name, videos in zip(("Archery", "HandstandPushups"), UCF, strict=True):
+        for video in videos[1:]:
+            (ucf / "datasets/ucf101/UCF-101" / name / f"{video}.avi").unlink()
+    assert gkd("prepare", "ucf101", "--root", ucf).code == 3
+    outcome = gkd("pretrain-attention", "ucf101", "--root", ucf)
+    assert outcome.code == 1
+    assert "split 1 of ucf101 has no training videos" in outcome.err
+    assert "rgb.rejected.tsv" in outcome.err
+    assert not (ucf / "runs").exists()
+
+
 def test_lists_are_asked_for_in_words(gkd: Gkd, tmp_path: Path) -> None:
     for dataset, name in (("ucf101", "ucfTrainTestlist"), ("hmdb51", "testTrainMulti_7030_splits")):
         outcome = gkd("prepare", dataset, "--root", tmp_path)
@@ -191,7 +203,7 @@ def test_images_and_flow_of_the_two_stream_layout(gkd: Gkd, tmp_path: Path) -> N
     words = ("prepare", "ucf101", "--root", tmp_path, "--from-frames", frames, "--annotations", lists)
     outcome = gkd(*words, "--modality", "both", "--json")
     assert outcome.code == 3
-    assert "images of flow are taken as they are, as tvl1 with bound 20" in outcome.err
+    assert "are taken as they are: as tvl1 with bound 20" in outcome.err
     assert (outcome.json["result"]["prepared"], outcome.json["result"]["rejected"]) == (7, 1)
     flow = Store.open(tmp_path / "stores/ucf101/flow.h5")
     assert flow.classes == ["Archery", "HandStandPushups"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+from gkdcli.data import extract
 from gkdcli.data.annotations import scan_folder
 from gkdcli.data.clips import ClipDataset, View
 from gkdcli.data.extract import Report, prepare_parts
@@ -105,24 +107,60 @@ def test_a_video_that_cannot_give_flow_is_in_neither_store(root: Path) -> None:
         assert [row.name for row in Store.open(report.indexes[modality]).videos] == ["0", "1", "2"]
         assert "still.mp4" in (root / "mine" / f"{modality}.rejected.tsv").read_text()
         assert not list((root / "mine").rglob(".*tmp"))
-    assert _prepare(root, ("rgb",), name="rgb-alone").rejected == []
+    assert _prepare(root, ("rgb",)).rejected == []  # frames alone it can give
+
+
+def test_a_replaced_video_is_not_held_against_its_old_flow(root: Path) -> None:
+    """The flow of the old file says nothing about the length of the new one."""
+    _prepare(root, ("rgb", "flow"))
+    write_video(root / "videos" / "jump" / "1.mp4", draw(17, seed=9))
+    rgb = _prepare(root, ("rgb",))
+    assert (rgb.prepared, rgb.rejected) == (1, [])
+    both = _prepare(root, ("rgb", "flow"))
+    assert (both.prepared, both.rejected) == (1, [])
+    for modality in ("rgb", "flow"):
+        assert [row.frames for row in Store.open(both.indexes[modality]).videos] == [12, 17, 12]
+
+
+def test_a_store_that_is_not_written_stays_usable(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Flow takes weeks where rgb takes hours: until it is there, rgb is trained on."""
+    _prepare(root, ("rgb",))
+    marked: list[str] = []
+    monkeypatch.setattr(
+        extract, "mark_unfinished", lambda folder, dataset, modality, *rest: marked.append(modality)
+    )
+    _prepare(root, ("rgb", "flow"))
+    assert marked == ["flow"]
+
+
+def test_flow_images_alone_may_be_one_fewer_than_the_frames_beside(tmp_path: Path) -> None:
+    write_video(tmp_path / "videos" / "jump" / "a.mp4", draw(12))
+    write_video(tmp_path / "videos" / "jump" / "b.mp4", draw(12))
+    _prepare(tmp_path, ("rgb",))
+    shutil.rmtree(tmp_path / "videos")
+    for name in ("a", "b"):
+        for kind in ("flow_x", "flow_y"):
+            write_images(tmp_path / "videos" / "jump" / name, 11 if name == "a" else 10, kind)
+    report = _prepare(tmp_path, ("flow",), frames=True)
+    assert [row.frames for row in Store.open(report.indexes["flow"]).videos] == [12]
+    assert "flow has 10 frames, rgb has 12 frames" in report.rejected[0][1]
+    about = read_attributes(tmp_path / "mine" / "flow" / "jump" / "a.h5")
+    assert about["source_frames"] == 11
 
 
 def test_flow_of_another_length_than_rgb_is_a_reject(tmp_path: Path) -> None:
     """Images of flow that were extracted from another version of the video."""
     videos = tmp_path / "videos" / "jump"
-    for name, flow in (("a", 6), ("b", 5), ("c", 6)):
+    for name, flow in (("a", 6), ("b", 5), ("c", 4)):
         write_images(videos / name, 6, "img")
         for kind in ("flow_x", "flow_y"):
             write_images(videos / name, flow, kind)
-    _prepare(tmp_path, ("rgb",), frames=True)
-    for path in [*(videos / "c").glob("img_*"), *(videos / "c").glob("flow_?_00006.jpg")]:
-        path.unlink()  # five of flow now, the store has six frames
-    report = _prepare(tmp_path, ("flow",), frames=True)
+    report = _prepare(tmp_path, ("rgb", "flow"), frames=True)
     assert [(Path(path).name, reason) for path, reason in report.rejected] == [
-        ("c", "the two streams differ in length: flow has 5 frames, rgb has 6 frames")
+        ("c", "4 images of flow for 6 frames")
     ]
-    assert [row.frames for row in Store.open(report.indexes["flow"]).videos] == [6, 6]
+    for index in report.indexes.values():
+        assert [row.frames for row in Store.open(index).videos] == [6, 6]
 
 
 def test_images_become_the_same_store_without_encoding_again(tmp_path: Path) -> None:

@@ -96,6 +96,18 @@ def _bad(folder: Path, make: str) -> Path:
             write_images(folder, 3, "flow_y")
         case "flow x alone":
             write_images(folder, 5, "flow_x")
+        case "huge" | "no scan":
+            jpeg = third.read_bytes()
+            start = jpeg.index(b"\xff\xc0")
+            sides = (60000).to_bytes(2) * 2 if make == "huge" else jpeg[start + 5 : start + 9]
+            scan = jpeg.index(b"\xff\xda") if make == "no scan" else len(jpeg) - 2
+            third.write_bytes(jpeg[: start + 5] + sides + jpeg[start + 9 : scan] + b"\xff\xd9")
+            if make == "huge":
+                for path in folder.iterdir():
+                    path.write_bytes(third.read_bytes())
+        case "flow numbers":
+            write_images(folder, 5, "flow_x", first=0)
+            write_images(folder, 5, "flow_y", first=1)
         case "nothing":
             for path in folder.iterdir():
                 path.unlink()
@@ -116,6 +128,9 @@ def _bad(folder: Path, make: str) -> Path:
         ("size", "image_00003.jpg is 32x32, the first image 64x48"),
         ("same number", "two images have the number 3"),
         ("flow count", "3 images of flow for 6 frames"),
+        ("huge", "60000x60000 would be stored 60000x60000, more than fits"),
+        ("no scan", "cannot be decoded"),
+        ("flow numbers", "only one has number 0"),
         ("flow x alone", "5 images of flow x, 0 of flow y"),
         ("nothing", "no image_"),
     ],
@@ -126,10 +141,26 @@ def test_what_is_wrong_is_a_reason_in_one_line(tmp_path: Path, make: str, reason
     assert "\n" not in str(caught.value)
 
 
+def test_scaled_flow_is_as_much_faster(tmp_path: Path) -> None:
+    """Twice the picture is twice as many px per frame; 127.5 is no motion."""
+    for kind in ("flow_x", "flow_y"):
+        for number in (1, 2):
+            picture = np.full((48, 64), 148, np.uint8)
+            cv2.imwrite(str(tmp_path / f"{kind}_{number:05d}.jpg"), picture)
+    with FrameFolder(tmp_path) as video:
+        (flow, _) = video.flows(DataSettings(size=[128, 48], storage="raw"))
+    assert np.asarray(flow)[..., 0].mean() == pytest.approx(168, abs=1)
+    assert np.asarray(flow)[..., 1].mean() == pytest.approx(148, abs=1)
+
+
 def test_frames_cannot_be_chosen_by_an_unknown_rate(tmp_path: Path) -> None:
     write_images(tmp_path)
     with pytest.raises(BadVideo, match="frame rate"), FrameFolder(tmp_path) as video:
         list(video.pictures(DataSettings(short_side=0, fps=10)))
+    for kind in ("flow_x", "flow_y"):
+        write_images(tmp_path, 5, kind)
+    with pytest.raises(BadVideo, match="frame rate"), FrameFolder(tmp_path) as video:
+        list(video.flows(DataSettings(short_side=0, fps=10)))
 
 
 def test_sizes_come_from_the_header() -> None:
