@@ -5,18 +5,19 @@ Nothing heavy is imported above function level: `--help` answers at once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from gkdcli.cli import emit_json
+from gkdcli.cli.execute import execute, finish, one_preset
 from gkdcli.cli.options import (
     OUTPUT_PANEL,
     RUN_PANEL,
     Backbone,
     BatchSize,
+    Dataset,
     Epochs,
     Format,
     Init,
@@ -28,7 +29,9 @@ from gkdcli.cli.options import (
     Resume,
     RunFolder,
     Shared,
+    WeightsFile,
     Which,
+    WhoseWeights,
     shared_flags,
 )
 from gkdcli.console import Console
@@ -45,53 +48,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-def _execute(
-    stage: str,
-    shared: Shared,
-    preset: str,
-    flags: dict[str, tuple[str, Any]],
-    call: Callable[[Place, Console], Result],
-) -> None:
-    """The three acts of every command: settings, one pipeline call, print."""
-    from gkdcli.cli.render import render_config
-
-    command = STAGES[stage]
-    resolved = shared.resolve(preset, stage, flags)
-    if shared.show_config:
-        render_config(command, resolved, shared.json)
-        return
-    console = shared.console()
-    _finish(command, call(shared.place(resolved, preset), console), shared.json, console)
-
-
-def _finish(command: str, result: Result, as_json: bool, console: Console) -> None:
-    """The result on stdout, and on stderr why it is not what was asked for, or what comes next."""
-    from gkdcli.cli.render import render_result
-
-    if as_json:
-        emit_json(command, run=result.run, result=result.payload, error=result.error)
-    else:
-        render_result(command, result.payload)
-    if result.error is not None:
-        console.error(result.error)
-    elif result.next:
-        console.note(result.next)
-    raise typer.Exit(int(result.code))
-
-
-def _one_preset(command: str, argument: str | None, option: str | None) -> str:
-    where = f"argument PRESET of `gkd {command}`"
-    if argument is not None and option is not None and argument != option:
-        what = f"two presets are named, `{argument}` and `{option}`"
-        raise usage_error(what, f"{where}, and --preset", "name one of them")
-    preset = option if option is not None else argument
-    if not preset:
-        raise usage_error(
-            "no preset is named", where, f"one of {', '.join(preset_names())}, or a path to a .toml"
-        )
-    return preset
 
 
 @app.command("prepare")
@@ -135,7 +91,7 @@ def prepare(
             place, console, videos=videos, annotations=annotations, retry=retry, dry_run=shared.dry_run
         )
 
-    _execute("prepare", shared, _one_preset("prepare", preset, preset_option), flags, call)
+    execute("prepare", shared, one_preset("prepare", preset, preset_option), flags, call)
 
 
 @app.command("pretrain-attention")
@@ -156,7 +112,7 @@ def pretrain_attention(
     _train(
         "pretrain",
         shared,
-        _one_preset("pretrain-attention", preset, preset_option),
+        one_preset("pretrain-attention", preset, preset_option),
         init,
         epochs,
         batch_size,
@@ -193,7 +149,7 @@ def distill(
     _train(
         "distill",
         shared,
-        _one_preset("distill", preset, preset_option),
+        one_preset("distill", preset, preset_option),
         init,
         epochs,
         batch_size,
@@ -227,7 +183,7 @@ def _train(
 
         return train(place, console, stage, dry_run=shared.dry_run, **request)
 
-    _execute(stage, shared, preset, flags, call)
+    execute(stage, shared, preset, flags, call)
 
 
 @app.command("evaluate")
@@ -286,7 +242,7 @@ def evaluate(
             dry_run=shared.dry_run,
         )
 
-    _execute("evaluate", shared, _one_preset("evaluate", preset, preset_option), {}, call)
+    execute("evaluate", shared, one_preset("evaluate", preset, preset_option), {}, call)
 
 
 @app.command("export")
@@ -328,7 +284,34 @@ def export(
             formats=[chosen.value for chosen in formats or [Format.safetensors]],
         )
 
-    _execute("export", shared, _one_preset("export", preset, preset_option), {}, call)
+    execute("export", shared, one_preset("export", preset, preset_option), {}, call)
+
+
+@app.command("import")
+@shared_flags
+def import_(
+    shared: Shared,
+    file: WeightsFile = None,
+    dataset: Dataset = None,
+    model: WhoseWeights = None,
+) -> None:
+    """Brings in weights of others: published checkpoints, Kinetics I3D, safetensors."""
+    if not dataset:
+        raise usage_error(
+            "no data set is named", "--dataset of `gkd import`", f"one of {', '.join(preset_names())}"
+        )
+    if file is None and not shared.show_config:
+        raise usage_error("no file is named", "argument FILE of `gkd import`", "a .pt, .ckpt or .safetensors")
+
+    def call(place: Place, console: Console) -> Result:
+        from gkdcli.pipeline.imports import import_weights
+
+        assert file is not None
+        return import_weights(
+            place, console, file=file, model=model.value if model else None, dry_run=shared.dry_run
+        )
+
+    execute("import", shared, dataset, {}, call)
 
 
 @app.callback(invoke_without_command=True)
@@ -350,7 +333,7 @@ def root_options(
     if doctor:
         from gkdcli.doctor import examine
 
-        _finish("doctor", examine(), as_json, Console())
+        finish("doctor", examine(), as_json, Console())
     if as_json:  # `gkd --json distill ...` is `gkd distill ... --json`
         context.default_map = {command: {"json": True} for command in STAGES.values()}
     if context.invoked_subcommand is None:

@@ -113,6 +113,29 @@ RunFolder = Annotated[
         rich_help_panel=RUN_PANEL,
     ),
 ]
+WeightsFile = Annotated[
+    Path | None, typer.Argument(metavar="FILE", help="Weights: written by torch.save, or .safetensors.")
+]
+Dataset = Annotated[
+    str | None,
+    typer.Option(
+        "--dataset",
+        "--preset",
+        metavar="PRESET",
+        help="The preset, or your own data set, that the weights are for.",
+        autocompletion=_complete_preset,
+        rich_help_panel=DATA_PANEL,
+    ),
+]
+WhoseWeights = Annotated[
+    Which | None,
+    typer.Option(
+        "--model",
+        help="Whose weights these are; the file usually tells.",
+        show_default=False,
+        rich_help_panel=RUN_PANEL,
+    ),
+]
 Model = Annotated[Which, typer.Option(help="Which of the two networks.", rich_help_panel=RUN_PANEL)]
 
 

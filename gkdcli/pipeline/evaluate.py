@@ -11,10 +11,10 @@ from gkdcli.errors import ExitCode, GkdError
 from gkdcli.evaluation.predict import Predictions, load_predictions, predict, save_predictions
 from gkdcli.evaluation.scores import check_requirements, class_scores, parse_requirement, recognition_scores
 from gkdcli.files import digest, write_json
-from gkdcli.pipeline.lookup import find_run, open_store
+from gkdcli.pipeline.lookup import find_run, newest, open_store
 from gkdcli.report import draw_confusion
 from gkdcli.result import Result, jsonable
-from gkdcli.runs import Place, Run, newest_complete
+from gkdcli.runs import Place, Run
 from gkdcli.tasks import recognition
 from gkdcli.tasks.trained import ROLE, chosen_device, rebuild, test_dataset
 
@@ -36,7 +36,7 @@ def evaluate(
     """Scores of a run's network on the test videos of the split."""
     requirements = [parse_requirement(text) for text in require]
     store = open_store(place)
-    run = find_run(place, console, model, run_path, store)
+    run = find_run(place, console, model, run_path, store, dry_run)
     videos = store.split(place.split, "test")
     if not videos:
         raise GkdError(
@@ -131,7 +131,7 @@ def _comparison(place: Place, console: Console, store: Store, videos: list[int])
     rows: list[dict[str, Any]] = []
     for name, stage, method in _COMPARED:
         try:
-            run = newest_complete(place, stage, store.classes, method)
+            run = newest(place, console, stage, store.classes, method)
         except GkdError:
             console.note(f"no {name} to compare with")
             continue
@@ -146,7 +146,7 @@ def _comparison(place: Place, console: Console, store: Store, videos: list[int])
                 "gmac": scores["gmac"],
                 "compute": f"{scores['gmac'] / teacher_gmac:.0%}",
                 "steps": run.record["progress"]["step"],
-                "training_seconds": round(run.record["seconds"], 1),
+                "training_seconds": round(run.record["seconds"] or 0.0, 1) or None,
                 "run": str(run.folder),
             }
         )

@@ -39,6 +39,7 @@ OWN = {
     },
     "evaluate": {"--preset", "--model", "--run", "--compare", "--rescore", "--require", "--output"},
     "export": {"--preset", "--format", "--model", "--run", "--out"},
+    "import": {"--preset", "--dataset", "--model"},
 }  # fmt: skip
 
 
@@ -51,7 +52,7 @@ def _flags(command: str) -> dict[str, Any]:
     return found
 
 
-def test_there_are_the_five_commands() -> None:
+def test_there_are_the_six_commands() -> None:
     group: Any = typer.main.get_command(app)
     assert set(group.commands) == set(STAGES.values()) == set(OWN)
 

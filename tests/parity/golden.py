@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from gkdcli.models.weights import fit, official_name
+from gkdcli.models.foreign import official_name
+from gkdcli.models.weights import fit
 
 FOLDER = Path(__file__).resolve().parents[3] / "shared" / "golden"
 needs_golden = pytest.mark.skipif(not FOLDER.is_dir(), reason=f"the golden files are not in {FOLDER}")
