@@ -138,7 +138,8 @@ def _refusal(path: Path, error: Exception) -> GkdError:
         return GkdError("the weights file is a TorchScript program", where, _PLAIN)
     named = re.search(r"GLOBAL ([\w.]+)", text)
     if isinstance(error, pickle.UnpicklingError) and (named or "Unsupported" in text):
-        kind = named[1] if named else next(_imports(path), "")
+        harmless = ("collections.OrderedDict",)
+        kind = named[1] if named else next((name for name in _imports(path) if name not in harmless), "")
         return GkdError(
             f"the weights file holds Python objects{f' (`{kind}`)' if kind else ''}, which could run code;"
             " only tensors are read",
