@@ -90,14 +90,22 @@ class Place:
 
     def command(self, verb: str, *extra: str) -> str:
         """`gkd <verb> <preset> ...` with the flags that lead back to this place."""
-        words = ["gkd", verb, self.preset or self.settings.name]
+        return shlex.join(["gkd", verb, self.preset or self.settings.name, *self._flags(), *extra])
+
+    def import_command(self, file: str, *extra: str) -> str:
+        """`gkd import <file> --dataset <preset> ...`, likewise."""
+        named = ["--dataset", self.preset or self.settings.name]
+        return shlex.join(["gkd", "import", file, *named, *self._flags(), *extra])
+
+    def _flags(self) -> list[str]:
+        words = []
         if self.modality != "rgb":
             words += ["--modality", self.modality]
         if self.split != 1:
             words += ["--split", str(self.split)]
         if self.root != Path("."):
             words += ["--root", str(self.root)]
-        return shlex.join([*words, *extra])
+        return words
 
     def runs(self, stage: str) -> Path:
         """The folder that holds all runs of a stage."""
@@ -320,7 +328,9 @@ def open_run(path: Path) -> Run:
     """
     if not os.path.isfile(path / "run.json"):
         raise usage_error(
-            f"`{path}` is not a run folder", "no run.json in it", "run folders lie under runs/<preset>/"
+            f"`{path}` is not a run folder",
+            "no run.json in it",
+            "run folders lie under runs/<preset>/; `gkd import` makes one of a weights file",
         )
     run = Run(path)
     if run.damage:

@@ -77,6 +77,10 @@ def import_weights(place: Place, console: Console, *, file: Path, model: str | N
         GkdError: not even a backbone in it fits.
     """
     entry = plan_import(place, file, model)
+    if any(row["tensor"].startswith("Mixed_4f.") for row in entry.report["did_not_fit"]):
+        console.note("recognition never uses the 4f branch of a published CVAE; it is left out")
+    if entry.whole and not entry.record["generators"] and Run(entry.path).record.get("generators"):
+        console.warn("the entry's CVAE belonged to its old weights and goes with them", str(entry.path))
     if not dry_run:
         write_entry(place, entry)
     if not entry.whole:
@@ -149,7 +153,7 @@ def _plan_generators(place: Place, contents: Contents, found: Found, model: str 
         raise GkdError(
             f"this is the CVAE of a {role}, and no {role} is imported yet",
             f"{contents.path}; looked for {run.folder}/run.json",
-            f"first the {role}: `gkd import FILE --dataset {place.preset or place.settings.name}`",
+            f"first the {role} itself: `{place.import_command('FILE')}`",
         )
     record = run.record
     with torch.device("meta"):
@@ -342,7 +346,5 @@ def _next(place: Place, entry: Entry) -> str:
         return f"next: `{place.command('evaluate')}`"
     if entry.record["generators"]:
         return f"next: `{place.command('distill')}`"
-    return (
-        f"next: `gkd import CVAE_FILE --dataset {place.preset or place.settings.name} --model teacher`,"
-        f" then `{place.command('distill')}`"
-    )
+    cvae = place.import_command("CVAE_FILE", "--model", "teacher")
+    return f"next: `{cvae}`, then `{place.command('distill')}`"

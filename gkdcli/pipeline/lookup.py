@@ -113,7 +113,7 @@ def _imported(place: Place, console: Console, stage: str, otherwise: GkdError, d
         raise GkdError(otherwise.what, where, error.hint) from None
     if not entry.whole:
         where = f"{otherwise.where}; {file} is no whole {role}"
-        raise GkdError(otherwise.what, where, f"`gkd import {file} --dataset ...` lists what is missing")
+        raise GkdError(otherwise.what, where, f"`{place.import_command(str(file))}` lists what is missing")
     if dry_run:
         console.note(f"{file} would be imported as {entry.path}")
         return entry.as_run()

@@ -142,7 +142,7 @@ def _find_teacher(
         raise GkdError(
             "this teacher was imported without its CVAE, which generative distillation asks",
             str(found.folder),
-            f"`gkd import CVAE_FILE --dataset {place.preset or settings.name} --model teacher`,"
+            f"`{place.import_command('CVAE_FILE', '--model', 'teacher')}`,"
             " or do without: `--set distill.generative_weight=0`",
         )
     if found.is_of_other_store(store.fingerprint):

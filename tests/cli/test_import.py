@@ -94,17 +94,20 @@ def test_the_whole_line_on_imported_weights(shop, workspace, tmp_path):
         "error: this is the CVAE of a teacher, and no teacher is imported yet"
     )
     told = shop("import", teacher).must()
-    assert "gkd import CVAE_FILE --dataset demo-tiny --model teacher" in told.err
+    again = f"`gkd import CVAE_FILE --dataset demo-tiny --root {workspace} --model teacher`"
+    assert again in told.err
     refused = shop("distill")
     assert refused.code == 1
     assert "without its CVAE" in refused.err
-    assert "gkd import CVAE_FILE --dataset demo-tiny --model teacher" in refused.err
+    assert again in refused.err
     assert "--set distill.generative_weight=0" in refused.err
     plan = shop("distill", "--set", "distill.generative_weight=0", "--dry-run", "--json").must().json
     assert plan["result"]["teacher"] == str(entry)
 
     before = network_of(entry)
-    result = shop("import", generators, "--json").must().json["result"]
+    joined = shop("import", generators, "--json").must()
+    assert "never uses the 4f branch" in joined.err
+    result = joined.json["result"]
     assert (result["role"], result["loaded"], result["cvae"]) == ("teacher", 20, True)
     assert {row["why"] for row in result["did_not_fit"]} == {"unexpected"}
     assert len(result["did_not_fit"]) == 20
@@ -119,6 +122,7 @@ def test_the_whole_line_on_imported_weights(shop, workspace, tmp_path):
     metrics = (Path(done.json["run"]) / "metrics.jsonl").read_text().splitlines()
     assert "generative_distillation.Mixed_5c" in json.loads(metrics[0])
     assert shop("distill", "--resume", "--max-steps", 3).must()
+    assert "belonged to its old weights" in shop("import", teacher, "--dry-run").must().err
 
     shop("import", student).must()
     scored = shop("evaluate", "--json").must()
@@ -132,11 +136,13 @@ def test_the_whole_line_on_imported_weights(shop, workspace, tmp_path):
     wanted = tiny_network("student", seed=3).state_dict()
     assert same(weights, dict(wanted))
 
+    assert "Imported by gkd" in (Path(exported["folder"]) / "README.md").read_text()
+
     # what was exported comes back as what it was
     shop("import", exported["safetensors"]["file"]).must()
     assert same(network_of(workspace / "models/demo-tiny/student-rgb"), dict(wanted))
-    again = shop("evaluate", "--json").must().json["result"]
-    assert again["per_class"] == scored.json["result"]["per_class"]
+    second = shop("evaluate", "--json").must().json["result"]
+    assert second["per_class"] == scored.json["result"]["per_class"]
 
 
 def test_generative_distillation_can_be_done_without(shop, tmp_path):
