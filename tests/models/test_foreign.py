@@ -63,7 +63,7 @@ def test_states_of_random_generators_are_passed_over_and_numpy_is_not_called(nam
 
 def test_other_things_of_numpy_are_refused_by_name(tmp_path):
     path = saved(tmp_path / "w.pt", {"generator": np.random.default_rng(0), "x": torch.zeros(1)})
-    with pytest.raises(GkdError, match="`numpy.random"):
+    with pytest.raises(GkdError, match=r"`numpy\.random"):
         read_file(path)
 
 
