@@ -19,12 +19,15 @@ $(STAMP): pyproject.toml
 	@touch $@
 
 demo: export PATH := $(CURDIR)/$(BIN):$(PATH)
-demo: $(STAMP)  ## videos -> store -> teacher -> students -> scores -> export: drawn here, on the CPU, in minutes
-	gkd prepare demo
+demo: $(STAMP)  ## videos -> stores -> teachers -> students -> scores -> export: drawn here, on the CPU, in minutes
+	gkd prepare demo --modality both
 	gkd pretrain-attention demo
 	gkd distill demo --set distill.method=none
 	gkd distill demo
 	gkd evaluate demo --compare
+	gkd pretrain-attention demo --modality flow
+	gkd distill demo --modality flow
+	gkd evaluate demo --fusion
 	gkd export demo --format safetensors --format onnx
 
 check: $(STAMP)  ## format, lint, types, import contract

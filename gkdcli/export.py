@@ -90,7 +90,7 @@ def describe(run: Run, network: Recognizer) -> dict[str, Any]:
             "name": "clip",
             "shape": ["batch", channels, clips.length, clips.crop, clips.crop],
             "dtype": "float32",
-            "layout": "batch, channel (R, G, B), time, height, width",
+            "layout": f"batch, channel ({_CHANNELS[record['modality']]}), time, height, width",
         },
         "output": {
             "name": "logits",
@@ -98,7 +98,7 @@ def describe(run: Run, network: Recognizer) -> dict[str, Any]:
             "meaning": _MEANING[record["recipe"]],
         },
         "preprocessing": {
-            "steps": _steps(page),
+            "steps": _steps(page, record["modality"]),
             "first_frame": f"max(0, (n - {clips.length - 1}) // 2)",
             "mean": list(clips.mean) * (channels if len(clips.mean) == 1 else 1),
             "std": list(clips.std) * (channels if len(clips.std) == 1 else 1),
@@ -122,7 +122,15 @@ def _report(run: Run, weights: str) -> dict[str, Any]:
     return dict(report) if report.get("protocol", {}).get("weights_sha256") == weights else {}
 
 
-def _steps(page: Settings) -> list[str]:
+_FLOW = {
+    "tvl1": "DualTVL1OpticalFlow, its defaults",
+    "dis": "DISOpticalFlow, medium",
+    "farneback": "calcOpticalFlowFarneback 0.5, 3, 15, 3, 5, 1.2",
+}
+_CHANNELS = {"rgb": "R, G, B", "flow": "x to the right, y downwards"}
+
+
+def _steps(page: Settings, modality: str) -> list[str]:
     """From a video to the input, to be followed to the letter."""
     data, clips = page.data, page.clips
     length, crop = clips.length, clips.crop
@@ -131,9 +139,14 @@ def _steps(page: Settings) -> list[str]:
     else:
         size = f"scaled to short side {data.short_side} px" if data.short_side else "at native size"
     kept = f", {data.fps:g} per second" if data.fps else ""
+    bound = data.flow_bound
+    flow = (
+        f"; take the {data.flow} flow (OpenCV {_FLOW[data.flow]}) from each grey frame to the next, the last"
+        f" one twice, and keep round(255 * (v + {bound:g}) / {2 * bound:g}) of both components, cut to 0..255"
+    )
     rescale = f"scale them to short side {clips.short_side} px; " if clips.short_side else ""
     return [
-        f"decode the video to 8-bit RGB frames{kept}, {size}",
+        f"decode the video to 8-bit RGB frames{kept}, {size}" + (flow if modality == "flow" else ""),
         f"of n frames take {length} consecutive ones from number max(0, (n - {length - 1}) // 2), counted"
         " from 0; a shorter video repeats its last frame",
         f"{rescale}frames whose short side is under {crop} px are scaled up to it (bilinear, half-pixel"

@@ -187,6 +187,27 @@ def human_bytes(count: float) -> str:
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
+    """SHA-256 in hexadecimal: of a file's bytes, or of names and digests of the files in a folder."""
+    if path.is_dir():
+        lines = [f"{digest(path / name)} {name}\n" for name in sorted(_files(path))]
+        return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
     with open(path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def stamp(path: Path) -> tuple[int, int]:
+    """Size in bytes and time of change in ns; of a folder the sum and the newest of the files in it.
+
+    Raises:
+        OSError: there is nothing there, or it cannot be read.
+    """
+    if path.is_dir():
+        stats = [entry.stat() for entry in _files(path).values()]
+        return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
+    stat = path.stat()
+    return stat.st_size, stat.st_mtime_ns
+
+
+def _files(folder: Path) -> dict[str, os.DirEntry[str]]:
+    with os.scandir(folder) as entries:
+        return {entry.name: entry for entry in entries if entry.is_file()}

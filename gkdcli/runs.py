@@ -16,8 +16,8 @@ from typing import Any
 
 from gkdcli.errors import GkdError, usage_error
 from gkdcli.files import is_locked, locked, write_json, write_text
-from gkdcli.resolve import load_settings, to_toml
-from gkdcli.settings import STAGES, Settings
+from gkdcli.resolve import load_settings, preset_names, to_toml, toml_value
+from gkdcli.settings import STAGES, DataSettings, Settings
 
 STAGE_FOLDER = {stage: STAGES[stage] for stage in ("pretrain", "distill")}
 SCHEMA = 1
@@ -30,6 +30,8 @@ RESUMABLE = {
     "train.checkpoint_minutes",
     "data.workers",
 }
+# given by hand, they must be given again to every command that works on the store
+STORED = frozenset(f"data.{key}" for key in DataSettings().stored("flow"))
 _RECORD = {"schema", "state", "stage", "modality", "split", "recipe", "method", "classes"}
 
 
@@ -105,6 +107,10 @@ class Place:
             words += ["--split", str(self.split)]
         if self.root != Path("."):
             words += ["--root", str(self.root)]
+        if self.settings.dataset in preset_names():  # one's own set keeps its page, with these settings in it
+            for key in sorted(self.explicit & STORED):
+                value = getattr(self.settings.data, key.removeprefix("data."))
+                words += ["--set", f"{key}={value if isinstance(value, str) else toml_value(value)}"]
         return words
 
     def runs(self, stage: str) -> Path:

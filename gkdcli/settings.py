@@ -9,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # becomes a folder's name
 
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Weight = Annotated[float, Field(ge=0.0, le=1000.0)]
 
 
 def _setting(default: Any, description: str, unit: str = "", **constraints: Any) -> Any:
@@ -19,11 +20,16 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
+FlowMethod = Literal["tvl1", "dis", "farneback"]
+
+
 class DataSettings(_Section):
     """What `gkd prepare` writes, and how the videos are divided."""
 
-    source: Literal["videos", "drawn"] = _setting(
-        "videos", "read the user's videos, or draw the synthetic motions of the demo first"
+    source: Literal["videos", "listed", "drawn"] = _setting(
+        "videos",
+        "videos: folders or a list say the classes; listed: published split lists must be there;"
+        " drawn: the demo's motions are drawn first",
     )
     storage: Literal["jpeg", "raw"] = _setting(
         "jpeg", "frames in the store: JPEG (13 times smaller) or raw uint8"
@@ -43,6 +49,16 @@ class DataSettings(_Section):
         max_length=2,
     )
     fps: float = _setting(0.0, "frames kept per second of video; 0 keeps all", "frames/s", ge=0.0, le=240.0)
+    flow: FlowMethod = _setting(
+        "tvl1", "optical flow between stored frames: the paper's TV-L1, or the much faster DIS or Farneback"
+    )
+    flow_bound: float = _setting(
+        20.0,
+        "flow is cut at this speed and stored in 8 bit: -bound is 0, bound 255",
+        "px/frame",
+        gt=0.0,
+        le=256.0,
+    )
     workers: int = _setting(0, "processes of `gkd prepare`; 0: one per core", "processes", ge=0, le=256)
     test_fraction: float = _setting(
         0.2, "share of each class tested where a folder names no split", "fraction", gt=0.0, lt=1.0
@@ -58,9 +74,10 @@ class DataSettings(_Section):
     draw_test: int = _setting(20, "drawn test videos per class", "videos", ge=1, le=10000)
     draw_seed: int = _setting(2020, "seed of the drawn videos", ge=0)
 
-    def stored(self) -> dict[str, Any]:
+    def stored(self, modality: str) -> dict[str, Any]:
         """The settings that a store depends on; a page that differs in them is refused."""
-        return self.model_dump(mode="json", exclude={"workers", "holdout"})
+        others = {"workers", "holdout"} | (set() if modality == "flow" else {"flow", "flow_bound"})
+        return self.model_dump(mode="json", exclude=others)
 
     @model_validator(mode="after")
     def _size_is_a_pair(self) -> DataSettings:
@@ -196,6 +213,9 @@ class EvalSettings(_Section):
     batch_size: int = _setting(
         8, "clips per forward pass; the scores do not depend on it", "clips", ge=1, le=4096
     )
+    fusion_weights: tuple[Weight, Weight] = _setting(
+        (1.0, 1.0), "of the rgb and the flow logits in `--fusion`", "factor"
+    )
 
 
 class ExportSettings(_Section):
@@ -228,6 +248,14 @@ class Settings(_Section):
     train: TrainSettings = TrainSettings()
     eval: EvalSettings = EvalSettings()
     export: ExportSettings = ExportSettings()
+
+    @model_validator(mode="after")
+    def _fusion_needs_a_weight(self) -> Settings:
+        if not any(self.eval.fusion_weights):
+            raise ValueError(
+                "eval.fusion_weights are both 0, so nothing would be scored", "for example [1, 1.5]"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fits_the_task(self) -> Settings:

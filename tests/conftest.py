@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -86,8 +87,8 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def prepare_tiny(root: Path) -> None:
-    """`gkd prepare demo-tiny`, as a user types it."""
-    run_gkd("prepare", "demo-tiny", "--root", root).must()
+    """`gkd prepare demo-tiny --modality both`, as a user types it."""
+    run_gkd("prepare", "demo-tiny", "--modality", "both", "--root", root).must()
 
 
 @pytest.fixture(scope="session")
@@ -100,6 +101,19 @@ def tiny_trained(tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         run_gkd("distill", "demo-tiny", "--root", root).must()
 
     return _once(tmp_path_factory, "tiny-trained", train)
+
+
+@pytest.fixture(scope="session")
+def tiny_streams(tiny_trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a teacher and a student of the flow stream beside them; read only."""
+
+    def train(root: Path) -> None:
+        borrow(tiny_trained, root)
+        shutil.copytree(tiny_trained / "runs", root / "runs")
+        for command in ("pretrain-attention", "distill"):
+            run_gkd(command, "demo-tiny", "--modality", "flow", "--root", root).must()
+
+    return _once(tmp_path_factory, "tiny-streams", train)
 
 
 @pytest.fixture

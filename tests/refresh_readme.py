@@ -10,6 +10,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from readme import GKD, README, demo_commands, replace_block, run
 
@@ -29,8 +30,11 @@ def main() -> None:
         started = time.monotonic()
         shown = [_show(command, folder) for command in demo_commands()]
         seconds = time.monotonic() - started
-        _, compared = run("gkd evaluate demo --rescore --compare --json -q", folder)
-    text = replace_block(text, "figures", _figures(json.loads(compared), seconds))
+        compared, fused = (
+            json.loads(run(f"gkd evaluate demo --rescore {flag} --json -q", folder)[1])["result"]
+            for flag in ("--compare", "--fusion")
+        )
+    text = replace_block(text, "figures", _figures(compared["runs"], fused, seconds))
     text = replace_block(text, "demo", f"```\n{''.join(shown)}```\n")
     with tempfile.TemporaryDirectory() as name:
         config = run("gkd distill --preset hmdb51 --show-config", Path(name))[1].splitlines()
@@ -52,16 +56,18 @@ def _show(command: str, folder: Path, failing: bool = False) -> str:
     return f"$ {command}\n{output}\n" + ("" if failing else "\n")
 
 
-def _figures(document: dict[str, dict[str, list[dict[str, float]]]], seconds: float) -> str:
-    rows = document["result"]["runs"]
+def _figures(rows: list[dict[str, Any]], fused: dict[str, Any], seconds: float) -> str:
+    """Teacher and students of rgb, then the distilled students of flow and of both together."""
     lines = [
-        "| drawn demo, rgb | top-1 | top-5 | parameters | GMAC per clip | training | measured by |",
+        "| drawn demo | top-1 | top-5 | parameters | GMAC per clip | training | measured by |",
         "|---|---|---|---|---|---|---|",
     ]
-    for row in rows:
+    named = [(f"{row['model']}, rgb", row, "--compare") for row in rows]
+    named += [("distilled student, flow", fused["flow"], "--fusion"), ("both streams", fused, "--fusion")]
+    for name, row, flag in named:
         lines.append(
-            f"| {row['model']} | {row['top1']:.3f} | {row['top5']:.3f} | {row['parameters']:,}"
-            f" | {row['gmac']:.3f} | {row['training_seconds']:.0f} s | `gkd evaluate demo --compare` |"
+            f"| {name} | {row['top1']:.3f} | {row['top5']:.3f} | {row['parameters']:,}"
+            f" | {row['gmac']:.3f} | {row['training_seconds']:.0f} s | `gkd evaluate demo {flag}` |"
         )
     cores = os.cpu_count()
     lines += [

@@ -57,7 +57,7 @@ def make_store(
                 writer.append(frame if storage == "raw" else jpeg(frame))
         sources.append(Source(Path(video.name), video.class_name, video.name, {1: video.subset}, video.group))
     listing = Listing(sorted({source.class_name for source in sources}), sources)
-    settings = DataSettings(storage=storage, short_side=0).stored()
+    settings = DataSettings(storage=storage, short_side=0).stored("rgb")
     return Store.open(build_index(folder, name, "rgb", listing, settings))
 
 

@@ -7,6 +7,7 @@ network, processes, a graph's operator set.
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing.process
 import os
 from collections.abc import Callable
@@ -78,8 +79,8 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def house(gkd: Callable[..., Outcome], tiny_trained: Path, videos: Path, tmp_path: Path) -> House:
-    return House(gkd, tiny_trained, videos, tmp_path)
+def house(gkd: Callable[..., Outcome], tiny_streams: Path, videos: Path, tmp_path: Path) -> House:
+    return House(gkd, tiny_streams, videos, tmp_path)
 
 
 # ---- observations: (house, settings) -> what is seen ----
@@ -139,6 +140,22 @@ def part(house: House, sets: list[str]) -> Any:
     with h5py.File(sorted(store.glob("rgb/up/*.h5"))[0]) as file:
         keys = ("frame_count", "width", "height")
         return [sorted(file), file["frames"].shape, *(int(file.attrs[key]) for key in keys)]
+
+
+def flow_part(house: House, sets: list[str]) -> bytes:
+    """The stored pictures of horizontal motion."""
+    outcome, store = house.prepare(["data.flow=farneback", *sets], "--modality", "flow")
+    outcome.must()
+    with h5py.File(sorted(store.glob("flow/up/*.h5"))[0]) as file:
+        return bytes(file["flow_x"][:].tobytes())
+
+
+def fused_scores(house: House, sets: list[str]) -> list[float]:
+    """Of each test video, by both streams together."""
+    output = house.folder / "scores.json"
+    words = ("evaluate", "demo-tiny", "--root", house.trained, "--fusion", "--output", output)
+    house.gkd(*words, *_flags(sets)).must()
+    return [entry["score"] for entry in json.loads(output.read_text())["predictions"]]
 
 
 def processes(command: str) -> Callable[[House, list[str]], int]:
@@ -259,6 +276,8 @@ ROWS = [
     Row("data.short_side", "32", part),
     Row("data.size", "[48, 32]", part),
     Row("data.fps", "5", part),
+    Row("data.flow", "dis", flow_part),
+    Row("data.flow_bound", "5", flow_part),
     Row("data.workers", "2", processes("prepare"), ("data.workers=1",)),
     Row("data.test_fraction", "0.6", subsets),
     Row("data.holdout", "0", plan_of("distill", "held_out_videos")),
@@ -302,6 +321,7 @@ ROWS = [
     Row("train.threads", "2", threads, ("train.threads=1",)),
     Row("train.checkpoint_minutes", "1e-9", checkpoints),
     Row("eval.batch_size", "5", batches_of_evaluation),
+    Row("eval.fusion_weights", "[1, 0]", fused_scores),
     Row("export.opset", "21", graph),
     Row("export.tolerance", "1e-12", graph),
 ]

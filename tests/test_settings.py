@@ -95,8 +95,9 @@ def test_settings_do_not_change_under_a_run() -> None:
 def test_a_store_does_not_depend_on_how_it_was_made_or_is_divided() -> None:
     """A store stays usable with another number of processes and another held-out share."""
     one, other = DataSettings(workers=1, holdout=0.0), DataSettings(workers=8, holdout=0.5)
-    assert one.stored() == other.stored()
-    assert set(one.stored()) == set(DataSettings.model_fields) - {"workers", "holdout"}
+    assert one.stored("rgb") == other.stored("rgb")
+    assert set(one.stored("flow")) == set(DataSettings.model_fields) - {"workers", "holdout"}
+    assert set(one.stored("flow")) - set(one.stored("rgb")) == {"flow", "flow_bound"}
 
 
 def test_every_section_is_a_model_of_its_own() -> None:

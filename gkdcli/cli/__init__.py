@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import itertools
 import os
 import signal
@@ -52,12 +53,19 @@ def _attempt(arguments: list[str]) -> int | GkdError:
         return _usage(caught, arguments) or _refusal(caught) or _bug(caught, arguments)
 
 
+def whole_app() -> Any:
+    """The Typer app with all commands, in the order in which `--help` lists them."""
+    from gkdcli.cli.commands import app
+
+    for module in ("preparing", "training", "scoring", "importing"):
+        importlib.import_module(f"gkdcli.cli.{module}")
+    return app
+
+
 def _run(arguments: list[str]) -> int:
     import typer
 
-    from gkdcli.cli.commands import app
-
-    command = typer.main.get_command(app)
+    command = typer.main.get_command(whole_app())
     if "_GKD_COMPLETE" in os.environ:  # the shell asks what may come next
         command.main(args=arguments, prog_name="gkd")
     try:

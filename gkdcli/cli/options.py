@@ -27,6 +27,22 @@ class Modality(StrEnum):
     flow = "flow"
 
 
+class PreparedModality(StrEnum):
+    """What `gkd prepare` writes."""
+
+    rgb = "rgb"
+    flow = "flow"
+    both = "both"
+
+
+class FlowMethod(StrEnum):
+    """How optical flow is computed."""
+
+    tvl1 = "tvl1"
+    dis = "dis"
+    farneback = "farneback"
+
+
 class Device(StrEnum):
     """Where networks run."""
 
@@ -44,7 +60,8 @@ class ProgressStyle(StrEnum):
     off = "off"
 
 
-def _complete_preset(incomplete: str) -> list[str]:
+def complete_preset(incomplete: str) -> list[str]:
+    """For the shell: the presets that begin so."""
     return [name for name in preset_names() if name.startswith(incomplete)]
 
 
@@ -52,14 +69,14 @@ PresetArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="PRESET",
-        autocompletion=_complete_preset,
+        autocompletion=complete_preset,
         help="A preset, a path to a .toml, or the name of an existing store.",
     ),
 ]
 PresetOption = Annotated[
     str | None,
     typer.Option(
-        "--preset", metavar="PRESET", help="The same as the argument.", autocompletion=_complete_preset
+        "--preset", metavar="PRESET", help="The same as the argument.", autocompletion=complete_preset
     ),
 ]
 
@@ -95,47 +112,26 @@ MaxSteps = Annotated[
 ]
 
 
-def _setting(name: str, flag: str, **given: Any) -> Any:
+def _setting(name: str, flag: str, panel: str = RUN_PANEL, **given: Any) -> Any:
     """A flag that stands for a setting: its words and its range are the setting's own."""
-    return typer.Option(flag, help=describe(name), show_default=False, rich_help_panel=RUN_PANEL, **given)
+    return typer.Option(flag, help=describe(name), show_default=False, rich_help_panel=panel, **given)
+
+
+Flow = Annotated[FlowMethod | None, _setting("data.flow", "--flow", DATA_PANEL)]
+FusionWeights = Annotated[str | None, _setting("eval.fusion_weights", "--fusion-weights", metavar="RGB,FLOW")]
+
+
+def run_option(flag: str, which: str) -> Any:
+    """A run folder named by hand."""
+    what = f"Run folder of {which}; default: the newest complete one that fits."
+    return typer.Option(flag, metavar="PATH", help=what, rich_help_panel=RUN_PANEL)
 
 
 Init = Annotated[str | None, _setting("train.init", "--init", metavar="scratch|teacher|PATH")]
 Epochs = Annotated[int | None, _setting("optim.epochs", "--epochs")]
 BatchSize = Annotated[int | None, _setting("optim.batch_size", "--batch-size")]
 LearningRate = Annotated[float | None, _setting("optim.learning_rate", "--lr")]
-RunFolder = Annotated[
-    Path | None,
-    typer.Option(
-        "--run",
-        metavar="PATH",
-        help="A run folder; default: the newest complete one that fits.",
-        rich_help_panel=RUN_PANEL,
-    ),
-]
-WeightsFile = Annotated[
-    Path | None, typer.Argument(metavar="FILE", help="Weights: written by torch.save, or .safetensors.")
-]
-Dataset = Annotated[
-    str | None,
-    typer.Option(
-        "--dataset",
-        "--preset",
-        metavar="PRESET",
-        help="The preset, or your own data set, that the weights are for.",
-        autocompletion=_complete_preset,
-        rich_help_panel=DATA_PANEL,
-    ),
-]
-WhoseWeights = Annotated[
-    Which | None,
-    typer.Option(
-        "--model",
-        help="Whose weights these are; the file usually tells.",
-        show_default=False,
-        rich_help_panel=RUN_PANEL,
-    ),
-]
+RunFolder = Annotated[Path | None, run_option("--run", "the network")]
 Model = Annotated[Which, typer.Option(help="Which of the two networks.", rich_help_panel=RUN_PANEL)]
 
 
@@ -211,8 +207,8 @@ class Shared:
         """The console these flags ask for."""
         return Console(quiet=self.quiet, verbose=self.verbose, progress_style=self.progress.value)
 
-    def resolve(self, preset: str, stage: str, flags: dict[str, tuple[str, Any]]) -> Resolved:
-        """Merges all settings for a stage; flags whose value is None were not given."""
+    def resolve(self, preset: str, stage: str, flags: dict[str, tuple[str, Any]], modality: str) -> Resolved:
+        """Merges all settings for a stage and modality; flags whose value is None were not given."""
         flags = flags | {
             "train.seed": ("--seed", self.seed),
             "train.device": ("--device", self.device.value if self.device else None),
@@ -221,7 +217,7 @@ class Shared:
         return resolve(
             preset,
             stage=stage,
-            modality=self.modality.value,
+            modality=modality,
             root=self.root,
             config=self.config,
             sets=self.sets,
@@ -229,7 +225,7 @@ class Shared:
             environment=os.environ,
         )
 
-    def place(self, resolved: Resolved, preset: str) -> Place:
+    def place(self, resolved: Resolved, preset: str, modality: str) -> Place:
         """The paths that follow; `preset` is what the user named the page by."""
         by_hand = {
             key
@@ -240,7 +236,7 @@ class Shared:
         return Place(
             self.root,
             resolved.settings,
-            self.modality.value,
+            modality,
             self.split,
             frozenset(by_hand),
             resolved.page,
@@ -249,7 +245,10 @@ class Shared:
 
 
 def shared_flags(function: Callable[..., None]) -> Callable[..., None]:
-    """Replaces the parameter `shared` by one flag per field of `Shared`."""
+    """Replaces the parameter `shared` by one flag per field of `Shared`.
+
+    A command that declares a parameter of the same name itself, with other choices, keeps its own.
+    """
     own = inspect.signature(function)
     hints = get_type_hints(function, include_extras=True)
     shared_hints = get_type_hints(Shared, include_extras=True)
@@ -259,6 +258,8 @@ def shared_flags(function: Callable[..., None]) -> Callable[..., None]:
         if name != "shared"
     ]
     for item in fields(Shared):
+        if item.name in own.parameters:
+            continue
         default = item.default if item.default_factory is MISSING else item.default_factory()
         parameters.append(
             inspect.Parameter(
@@ -268,8 +269,8 @@ def shared_flags(function: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(function)
     def command(**given: Any) -> None:
-        shared = Shared(**{item.name: given.pop(item.name) for item in fields(Shared)})
-        function(shared=shared, **given)
+        shared = Shared(**{item.name: given[item.name] for item in fields(Shared)})
+        function(shared=shared, **{name: given[name] for name in own.parameters if name != "shared"})
 
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}

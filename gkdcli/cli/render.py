@@ -9,6 +9,8 @@ from gkdcli.cli import emit_json
 from gkdcli.console import first_rank
 from gkdcli.resolve import Resolved, to_toml
 
+_LONG = 500  # rows of a table
+
 
 def render_config(command: str, resolved: Resolved, as_json: bool) -> None:
     """`--show-config`: the resolved page with the origin of each value."""
@@ -66,6 +68,9 @@ def _two_columns(values: dict[str, Any]) -> None:
 
 
 def _table(rows: list[dict[str, Any]]) -> None:
+    if len(rows) > _LONG:
+        _long_table(rows)
+        return
     from rich.console import Console
     from rich.table import Table
 
@@ -78,6 +83,16 @@ def _table(rows: list[dict[str, Any]]) -> None:
     # a pipe has no width: nothing is cut there
     width = None if sys.stdout.isatty() else 200
     Console(file=sys.stdout, markup=False, highlight=False, width=width).print(table)
+
+
+def _long_table(rows: list[dict[str, Any]]) -> None:
+    """Plain lines: rich takes seconds for ten thousand of them."""
+    cells = [[key.replace("_", " ") for key in rows[0]]]
+    cells += [[_text(row.get(key)) for key in rows[0]] for row in rows]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for line in cells:
+        text = "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        sys.stdout.write(text.rstrip() + "\n")
 
 
 def _text(value: Any) -> str:

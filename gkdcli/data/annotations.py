@@ -6,22 +6,17 @@ import csv
 import hashlib
 import io
 import json
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from gkdcli.data.names import check_text, short, video_stem
 from gkdcli.errors import GkdError
 
 Subset = Literal["train", "test"]
 SUBSETS: tuple[Subset, Subset] = ("train", "test")
-_VIDEO = re.compile(
-    r"\.(3g2|3gp|asf|avi|divx|f4v|flv|gif|m2ts|m2v|m4v|mkv|mov|mp4|mpe|mpeg|mpg|mts|mxf|ogm|ogv|qt|rm|rmvb"
-    r"|ts|vob|webm|wmv|y4m)",
-    re.IGNORECASE,
-)
 _COLUMNS = ("video", "class", "subset")
 _LIST_HINT = "a list is CSV with the header `video,class` or `video,class,subset`, or JSON with the same keys"
 
@@ -68,8 +63,10 @@ class Listing:
         return sum(source.splits.get(split) == subset for source in self.sources)
 
 
-def scan_folder(videos: Path, test_fraction: float) -> Listing:
+def scan_folder(videos: Path, test_fraction: float, frames: bool = False) -> Listing:
     """Lists `VIDEOS/<class>/<video>` or `VIDEOS/{train,test}/<class>/<video>`.
+
+    A video is a file, or with `frames` a folder of images.
 
     The first layout is divided here, see `_divide`; the second is taken as given. Hidden files are
     skipped, other files that are no videos are counted; what looks meant but cannot be used is a reject.
@@ -81,7 +78,7 @@ def scan_folder(videos: Path, test_fraction: float) -> Listing:
         raise GkdError(
             "there is no folder of videos", str(videos), "name the folder that holds one folder per class"
         )
-    scan = _Scan()
+    scan = _Scan(frames)
     top = _entries(videos)
     folders = [path for path in top if path.is_dir()]
     for path in top:
@@ -117,11 +114,11 @@ def scan_folder(videos: Path, test_fraction: float) -> Listing:
     return listing
 
 
-def read_list(path: Path, videos: Path, test_fraction: float) -> Listing:
+def read_list(path: Path, videos: Path, test_fraction: float, frames: bool = False) -> Listing:
     """Lists the videos that a CSV or JSON file names, with paths relative to `videos`.
 
-    A video is called by its path without extension, and without the leading folder of its class.
-    Listed files that do not exist are rejects.
+    A video is called by its path without extension, and without the leading folder of its class; with
+    `frames` it is a folder of images. Listed files that do not exist are rejects.
 
     Raises:
         GkdError: anything else that is wrong with the file, with its line (JSON: entry).
@@ -141,33 +138,37 @@ def read_list(path: Path, videos: Path, test_fraction: float) -> Listing:
     sources: list[Source] = []
     rejects: list[tuple[str, str]] = []
     for place, row in rows:
-        source = _listed(row, f"{path} {place}", videos)
-        video, where = row["video"], f"{path} {place}, {row['video']}"
+        source = _listed(row, f"{path} {place}", videos, frames)
+        video, where = row["video"], f"{path} {place}, {short(row['video'])}"
         known = seen.setdefault(str(source.path), (source.class_name, place))
         if known[1] != place:
-            what = "is listed twice" if known[0] == source.class_name else f"is also of class `{known[0]}`"
+            what = (
+                "is listed twice"
+                if known[0] == source.class_name
+                else f"is also of class `{short(known[0])}`"
+            )
             raise GkdError(f"a video {what}", f"{where}; first at {known[1]}", "keep one of the two")
         other = taken.setdefault((source.class_name, source.name), place)
         if other != place:
             raise GkdError(
-                f"two videos of class `{source.class_name}` would both be called `{source.name}`",
+                f"two videos of a class would both be called `{short(source.name)}`",
                 f"{where}; first at {other}",
                 "rename one of the two files",
             )
         sources.append(source)
-        if not _exists(source.path):
-            rejects.append((video, "there is no such file"))
+        if not _exists(source.path, frames):
+            rejects.append((video, "there is no such folder" if frames else "there is no such file"))
     classes = sorted({source.class_name for source in sources})
     sources.sort(key=lambda source: (source.class_name, source.name))
     if "subset" not in rows[0][1]:
         sources = _divide(sources, test_fraction)
     else:
         _need_both_subsets(sources, str(path))
-    present = [source for source in sources if _exists(source.path)]
+    present = [source for source in sources if _exists(source.path, frames)]
     if not present:
         raise GkdError(
             "none of the listed videos exists",
-            f"{path}; looked under {videos}, first for {rows[0][1]['video']}",
+            f"{path}; looked under {videos}, first for {short(rows[0][1]['video'])}",
             "paths in the list are relative to the folder of videos",
         )
     return Listing(classes, present, rejects)
@@ -176,7 +177,8 @@ def read_list(path: Path, videos: Path, test_fraction: float) -> Listing:
 class _Scan:
     """Collects what a walk over folders meets."""
 
-    def __init__(self) -> None:
+    def __init__(self, frames: bool) -> None:
+        self.frames = frames
         self.found: dict[tuple[str, str], list[Source]] = defaultdict(list)
         self.rejects: list[tuple[str, str]] = []
         self.ignored = 0
@@ -185,9 +187,12 @@ class _Scan:
         """Takes every video directly in `folder` as one of class `folder.name`."""
         videos = 0
         for path in _entries(folder):
-            if path.is_dir():
+            if self.frames and path.is_dir():
+                self.found[folder.name, path.name].append(Source(path, folder.name, path.name, {1: subset}))
+                videos += 1
+            elif path.is_dir():
                 self.rejects.append((str(path), "a folder within the folder of a class is not read"))
-            elif not _is_video(path):
+            elif self.frames or video_stem(path.name) is None:
                 self.ignored += 1
             elif not path.is_file():
                 self.rejects.append((str(path), "not a file, or a link that leads nowhere"))
@@ -199,7 +204,7 @@ class _Scan:
 
     def file_without_class(self, path: Path) -> None:
         """A video beside the class folders is a reject, another file is only counted."""
-        if _is_video(path):
+        if video_stem(path.name) is not None and not self.frames:
             self.rejects.append((str(path), "lies beside the class folders, so its class is unknown"))
         else:
             self.ignored += 1
@@ -218,10 +223,6 @@ class _Scan:
         )
 
 
-def _is_video(path: Path) -> bool:
-    return _VIDEO.fullmatch(path.suffix) is not None
-
-
 def _entries(folder: Path) -> list[Path]:
     try:
         return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
@@ -235,13 +236,13 @@ def _holds_only_folders(folder: Path) -> bool:
     """Whether `train` or `test` is a subset and not a class of that name."""
     entries = _entries(folder)
     return any(path.is_dir() for path in entries) and not any(
-        _is_video(path) for path in entries if not path.is_dir()
+        video_stem(path.name) is not None for path in entries if not path.is_dir()
     )
 
 
-def _exists(path: Path) -> bool:
+def _exists(path: Path, folder: bool) -> bool:
     try:
-        return path.is_file()
+        return path.is_dir() if folder else path.is_file()
     except (OSError, ValueError):  # a name no file can have: too long, a NUL, half a character
         return False
 
@@ -305,49 +306,68 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     try:
-        document = json.loads(text)
+        document = json.loads(text, object_pairs_hook=_object)
     except ValueError as error:
         raise GkdError("not a JSON file", f"{path}: {error}", _LIST_HINT) from None
+    except RecursionError:
+        raise GkdError("the JSON is nested too deeply", str(path), _LIST_HINT) from None
     if not isinstance(document, list):
         raise GkdError("a list of videos in JSON is an array of objects", str(path), _LIST_HINT)
     for number, entry in enumerate(document, start=1):
         place = f"entry {number}"
+        if isinstance(entry, _Twice):
+            check_text(entry.key, f"{path} {place}")
+            raise GkdError(f"an entry has the key `{short(entry.key)}` twice", f"{path} {place}", _LIST_HINT)
         if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
             raise GkdError("an entry is not an object of strings", f"{path} {place}", _LIST_HINT)
         _check_columns(set(entry), f"{path} {place}")
         yield place, {key: value.strip() for key, value in entry.items()}
 
 
+@dataclass(frozen=True)
+class _Twice:
+    """Stands for a JSON object that has a key twice, of which a plain dict would keep the last."""
+
+    key: str
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Twice:
+    taken: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in taken:
+            return _Twice(key)
+        taken[key] = value
+    return taken
+
+
 def _check_columns(names: set[str], where: str) -> None:
     unknown = sorted(names - set(_COLUMNS))
     if unknown:
-        raise GkdError(f"`{unknown[0]}` is not a column of a list of videos", where, _LIST_HINT)
+        check_text(unknown[0], where)
+        raise GkdError(f"`{short(unknown[0])}` is not a column of a list of videos", where, _LIST_HINT)
     missing = [name for name in _COLUMNS[:2] if name not in names]
     if missing:
         raise GkdError(f"there is no column `{missing[0]}`", where, _LIST_HINT)
 
 
-def _listed(row: dict[str, str], where: str, videos: Path) -> Source:
+def _listed(row: dict[str, str], where: str, videos: Path, frames: bool) -> Source:
     """One row, checked."""
     refuse: Callable[[str, str], GkdError] = lambda what, hint: GkdError(what, where, hint)  # noqa: E731
     empty = [name for name, value in row.items() if not value]
     if empty:
         raise refuse(f"the cell `{empty[0]}` is empty", _LIST_HINT)
-    try:
-        "".join(row.values()).encode()
-    except UnicodeEncodeError:  # JSON can hold half a character
-        raise refuse("an entry is not valid text", _LIST_HINT) from None
+    check_text("".join(row.values()), where)
     subset: Any = row.get("subset", "train")
     if subset not in SUBSETS:
-        raise refuse(f"`{subset}` is not a subset", "use train or test")
+        raise refuse(f"`{short(subset)}` is not a subset", "use train or test")
     inside = PurePosixPath(row["video"])
-    if inside.is_absolute() or ".." in inside.parts or "\0" in row["video"]:
+    if inside.is_absolute() or ".." in inside.parts:
         raise refuse(
-            f"`{row['video']}` leads out of the folder of videos", f"use a path relative to {videos}"
+            f"`{short(row['video'])}` leads out of the folder of videos", f"use a path relative to {videos}"
         )
-    parts = inside.with_suffix("").parts if inside.name else ()
+    parts = (inside if frames else inside.with_suffix("")).parts if inside.name else ()
     if len(parts) > 1 and parts[0] == row["class"]:
         parts = parts[1:]
     if not parts:
-        raise refuse(f"`{row['video']}` names no file", _LIST_HINT)
+        raise refuse(f"`{short(row['video'])}` names no file", _LIST_HINT)
     return Source(videos / inside, row["class"], "/".join(parts), {1: subset})

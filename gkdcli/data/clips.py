@@ -137,7 +137,7 @@ class ClipDataset(Dataset[tuple[Tensor, int, int]]):
         count = min(self.clips.length, row.frames - start)
         stored = self.store.frames(video, start, count)
         try:
-            frames = _decode(stored)
+            frames = _decode(stored, self.store.modality)
         except RuntimeError as error:
             raise GkdError(
                 f"a stored frame cannot be decoded: {str(error).splitlines()[0]}",
@@ -154,15 +154,21 @@ class ClipDataset(Dataset[tuple[Tensor, int, int]]):
         clip = frames[:, :, view.top : view.top + view.height, view.left : view.left + view.width]
         if clip.shape[2:] != (self.clips.crop, self.clips.crop):
             clip = _resize(clip, (self.clips.crop, self.clips.crop))
+        clip = clip.transpose(0, 1).contiguous()
         if view.flip:
             clip = clip.flip(3)
-        return clip.transpose(0, 1).contiguous()
+            if self.store.modality == "flow" and self.recipe == "corrected":
+                clip[0] = 255 - clip[0]  # what moved to the right moves to the left (METHOD.md 8 (18))
+        return clip
 
 
-def _decode(stored: list[np.ndarray] | np.ndarray) -> Tensor:
+def _decode(stored: list[np.ndarray] | np.ndarray, modality: str) -> Tensor:
+    """(T, C, H, W); flow in JPEG is all pictures of x, then all of y."""
     if isinstance(stored, np.ndarray):  # raw: (T, H, W, C)
         return torch.from_numpy(stored).permute(0, 3, 1, 2)
-    return torch.stack(decode_jpeg([torch.from_numpy(image) for image in stored], mode=ImageReadMode.RGB))
+    mode = ImageReadMode.RGB if modality == "rgb" else ImageReadMode.GRAY
+    pictures = torch.stack(decode_jpeg([torch.from_numpy(image) for image in stored], mode=mode))
+    return pictures if modality == "rgb" else torch.cat(pictures.chunk(2), dim=1)
 
 
 def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:

@@ -8,7 +8,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,8 +21,8 @@ from gkdcli.data.rejects import Reject, cell, read_rejects, write_rejects
 from gkdcli.data.store import build_index, mark_unfinished, setting_differences, written_settings
 from gkdcli.data.workers import Crashed, Crew, available_cores
 from gkdcli.errors import GkdError, Interrupted
-from gkdcli.files import disk_is_full, free_bytes, human_bytes, locked, sweep_temporaries
-from gkdcli.settings import DataSettings
+from gkdcli.files import disk_is_full, free_bytes, human_bytes, locked, stamp, sweep_temporaries
+from gkdcli.settings import MODALITIES, DataSettings
 
 Progress = Callable[[int, int, str, int], None]
 _PROBES = 8
@@ -43,7 +43,7 @@ class Report:
         bytes_written: in this run.
         seconds: of wall-clock time.
         unlisted: parts whose video is no longer among the sources; they are kept, and not in the index.
-        index: the finished index.
+        indexes: the finished index of each modality.
     """
 
     prepared: int
@@ -53,7 +53,7 @@ class Report:
     bytes_written: int
     seconds: float
     unlisted: int
-    index: Path
+    indexes: dict[str, Path]
 
 
 @dataclass
@@ -68,24 +68,25 @@ def prepare_parts(
     listing: Listing,
     store_folder: Path,
     dataset: str,
-    modality: str,
+    modalities: Sequence[str],
     data: DataSettings,
     *,
     workers: int = 0,
     progress: Progress | None = None,
     retry: bool = False,
 ) -> Report:
-    """Brings the parts of a store up to date with the listed videos, then its index.
+    """Brings the parts of a store up to date with the listed videos, then its indexes.
 
     Videos whose part is there and whose file is unchanged are skipped, changed ones prepared anew; bad
     ones are recorded in `<modality>.rejected.tsv` and tried again when the file changed or on `retry`.
+    What is asked for together stays alike: a video that cannot give one modality is in neither index.
     Whatever stops this, the same call continues.
 
     Args:
         listing: the videos.
         store_folder: `stores/<dataset>`.
         dataset: its name.
-        modality: "rgb".
+        modalities: "rgb", "flow" or both; both are made in one pass over each video.
         data: how frames are sampled, scaled and stored.
         workers: processes; 0: one per core.
         progress: called as (done, total, name, frames) for each finished video.
@@ -96,30 +97,43 @@ def prepare_parts(
         Interrupted: Ctrl-C or SIGTERM.
     """
     started = time.monotonic()
-    settings = data.stored()
-    table = store_folder / f"{modality}.rejected.tsv"
+    settings = {modality: data.stored(modality) for modality in modalities}
+    tables = {modality: store_folder / f"{modality}.rejected.tsv" for modality in modalities}
     try:
         with locked(store_folder / ".lock", f"the store of {dataset}"):
             sweep_temporaries(store_folder)
-            _check_settings(
-                store_folder / f"{modality}.h5", written_settings(store_folder, modality), settings
+            for modality in modalities:
+                written = written_settings(store_folder, modality)
+                _check_settings(store_folder / f"{modality}.h5", written, settings[modality])
+            known = (
+                {}
+                if retry
+                else {path: bad for table in tables.values() for path, bad in read_rejects(table).items()}
             )
-            plan = _plan(listing, store_folder / modality, data, {} if retry else read_rejects(table))
+            plan = _plan(listing, store_folder, modalities, data, known)
             tally = _Tally(plan, len(listing.sources), progress)
             if plan.jobs:
                 size = min(workers or available_cores(), len(plan.jobs))
                 try:
                     with _signals() as signals, Crew(work, size) as crew:
                         _check_disk(crew, plan.jobs, store_folder, signals)
-                        mark_unfinished(store_folder, dataset, modality, settings, len(listing.sources))
+                        for modality in modalities:
+                            mark_unfinished(
+                                store_folder, dataset, modality, settings[modality], len(listing.sources)
+                            )
                         _run(crew, plan.jobs, store_folder, tally, signals)
                 finally:
                     sweep_temporaries(store_folder)  # of workers that had to be killed
-                    write_rejects(table, _rejected(listing, plan))
-            write_rejects(table, _rejected(listing, plan))
+                    _write_tables(tables, listing, plan)
+            _write_tables(tables, listing, plan)
             # a bad file may have a part from when it was good: not in the index
             good = [source for source in listing.sources if str(source.path) not in plan.rejected]
-            index = build_index(store_folder, dataset, modality, replace(listing, sources=good), settings)
+            indexes = {
+                modality: build_index(
+                    store_folder, dataset, modality, replace(listing, sources=good), settings[modality]
+                )
+                for modality in modalities
+            }
     except OSError as error:
         raise _write_error(store_folder, error) from None
     return Report(
@@ -130,7 +144,7 @@ def prepare_parts(
         bytes_written=tally.bytes,
         seconds=time.monotonic() - started,
         unlisted=plan.unlisted,
-        index=index,
+        indexes=indexes,
     )
 
 
@@ -138,35 +152,55 @@ def _rejected(listing: Listing, plan: _Plan) -> list[tuple[str, Reject]]:
     return [*((path, Reject(reason)) for path, reason in listing.rejects), *plan.rejected.items()]
 
 
-def _plan(listing: Listing, folder: Path, data: DataSettings, known: dict[str, Reject]) -> _Plan:
+def _write_tables(tables: Mapping[str, Path], listing: Listing, plan: _Plan) -> None:
+    for table in tables.values():
+        write_rejects(table, _rejected(listing, plan))
+
+
+def _plan(
+    listing: Listing,
+    store_folder: Path,
+    modalities: Sequence[str],
+    data: DataSettings,
+    known: Mapping[str, Reject],
+) -> _Plan:
     """What is to be done, judged by the sizes and times of files."""
     plan = _Plan()
-    parts = set()
+    listed: set[Path] = set()
     for source in listing.sources:
         path = str(source.path)
         try:
-            part = part_path(folder, source.class_name, source.name)
-            stat = source.path.stat()
+            parts = {
+                modality: part_path(store_folder / modality, source.class_name, source.name)
+                for modality in MODALITIES
+            }
+            size, mtime_ns = stamp(source.path)
         except ValueError as error:
             plan.rejected[path] = Reject(str(error))
             continue
         except OSError as error:
             plan.rejected[path] = Reject(f"cannot be read: {error.strerror}")
             continue
-        parts.add(part)
-        found = _attributes(part)
+        listed.update(parts.values())
+        missing, digests = {}, {}
+        for modality in modalities:
+            found = _attributes(parts[modality])
+            if found.get("source_size") == size:
+                _check_settings(parts[modality], json.loads(found["settings"]), data.stored(modality))
+                if found["source_mtime_ns"] == mtime_ns:
+                    continue
+                digests[modality] = found["source_digest"]
+            missing[modality] = parts[modality]
         old = known.get(cell(path), Reject(""))
-        if found.get("source_size") == stat.st_size:
-            _check_settings(part, json.loads(found["settings"]), data.stored())
-            if found["source_mtime_ns"] == stat.st_mtime_ns:
-                plan.skipped += 1
-            else:
-                plan.jobs.append(Job(source, part, data, stat.st_size, found["source_digest"]))
-        elif old == Reject(old.reason, stat.st_size, stat.st_mtime_ns):
+        if not missing:
+            plan.skipped += 1
+        elif old == Reject(old.reason, size, mtime_ns) and not digests:
             plan.rejected[path] = old
         else:
-            plan.jobs.append(Job(source, part, data, stat.st_size))
-    plan.unlisted = sum(part not in parts for part in folder.glob("*/*.h5"))
+            beside = next((part for modality, part in parts.items() if modality not in missing), None)
+            plan.jobs.append(Job(source, missing, data, size, digests, beside))
+    for modality in modalities:
+        plan.unlisted += sum(part not in listed for part in (store_folder / modality).glob("*/*.h5"))
     return plan
 
 

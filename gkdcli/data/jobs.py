@@ -1,16 +1,22 @@
-"""One video of `gkd prepare`, from file to part: what a worker process does."""
+"""One video of `gkd prepare`, from file to parts: what a worker process does."""
 
 from __future__ import annotations
 
-import hashlib
+import contextlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 
+import numpy as np
+
 from gkdcli.data.annotations import Source
-from gkdcli.data.parts import PartWriter
-from gkdcli.data.video import BadVideo, VideoReader, stored_size
-from gkdcli.files import disk_is_full
+from gkdcli.data.flow import FlowEstimator
+from gkdcli.data.images import FrameFolder
+from gkdcli.data.parts import Bytes, PartWriter, Stored, read_attributes
+from gkdcli.data.video import BadVideo, VideoReader, encode, stored_size
+from gkdcli.files import digest, disk_is_full, stamp
 from gkdcli.runs import version
 from gkdcli.settings import DataSettings
 
@@ -20,19 +26,22 @@ class Job:
     """One video to prepare.
 
     Args:
-        source: the video.
-        part: where it goes.
+        source: the video, or a folder of its images.
+        parts: where each modality goes.
         data: how.
-        size: of the file, in bytes.
-        known_digest: of the source of the part that is there; nothing is done where it is the same.
+        size: of the file, or of all images, in bytes.
+        known: digest of the source of a part that is there, by modality; where all are the same as the
+            source's, nothing is done.
+        beside: the part of the other modality, where it is not among `parts`; it must be equally long.
         probe_only: only estimate frames and bytes.
     """
 
     source: Source
-    part: Path
+    parts: Mapping[str, Path]
     data: DataSettings
     size: int
-    known_digest: str = ""
+    known: Mapping[str, str] = field(default_factory=dict)
+    beside: Path | None = None
     probe_only: bool = False
 
 
@@ -67,70 +76,130 @@ def work(job: Job) -> Result:
         return Result(reason="needs more memory than there is")
 
 
+def _open(path: Path) -> VideoReader | FrameFolder:
+    return FrameFolder(path) if path.is_dir() else VideoReader(path)
+
+
 def _probe(job: Job) -> Result:
     data = job.data
-    with VideoReader(job.source.path) as video:
+    with _open(job.source.path) as video:
         info = video.info
     width, height = stored_size(info.width, info.height, data)
     frames = round(info.frames * data.fps / info.fps) if 0 < data.fps < info.fps else info.frames
-    # JPEG: rather low, for it decides on a refusal; measured 0.2 to 0.34 byte/px at quality 95
-    per_px = 3.0 if data.storage == "raw" else 0.15 * (5 / max(100 - data.jpeg_quality, 2)) ** 0.6
-    return Result(frames, round(frames * width * height * per_px))
+    finer = (5 / max(100 - data.jpeg_quality, 2)) ** 0.6
+    # JPEG: rather low, for it decides on a refusal; measured 0.2 to 0.34 byte/px at quality 95, flow 0.06
+    per_px = (
+        {"rgb": 0.15 * finer, "flow": 0.03 * finer} if data.storage == "jpeg" else {"rgb": 3.0, "flow": 2.0}
+    )
+    return Result(frames, round(frames * width * height * sum(per_px[modality] for modality in job.parts)))
 
 
 def _prepare(job: Job) -> Result:
     path, data = job.source.path, job.data
     try:
-        before = path.stat()
-        digest = _digest(path)
+        before = stamp(path)
+        found = digest(path)
     except OSError as error:
         raise BadVideo(f"cannot be read: {error.strerror}") from None
-    if digest == job.known_digest:
+    if all(job.known.get(modality) == found for modality in job.parts):
         return Result(unchanged=True)
     attributes = {
         "source": path.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"),
-        "source_size": before.st_size,
-        "source_mtime_ns": before.st_mtime_ns,
-        "source_digest": digest,
-        "settings": json.dumps(data.stored(), sort_keys=True),
+        "source_size": before[0],
+        "source_mtime_ns": before[1],
+        "source_digest": found,
         "storage": data.storage,
         "version": version(),
     }
     try:
-        with VideoReader(path) as video, PartWriter(job.part, data.storage, attributes) as part:
+        with _open(path) as video, ExitStack() as stack:
+            parts = {
+                modality: stack.enter_context(PartWriter(part, data.storage, attributes, modality))
+                for modality, part in job.parts.items()
+            }
+            _write(video, parts, data)
+            _require_equal_length(parts, job.beside)
             sampling, fps = video.sampling(data)
             scaling, width, height = video.scaling(data)
-            for frame in video.frames(data):
-                part.append(frame)
-            part.update(
-                codec=video.info.codec,
-                source_fps=video.info.fps,
-                source_frames=video.read,
-                source_width=video.info.width,
-                source_height=video.info.height,
-                rotation=video.info.rotation,
-                damaged_frames=video.damaged,
-                sampling=sampling,
-                scaling=scaling,
-                fps=fps,
-                width=width,
-                height=height,
-            )
-            if _stamp(path) != (before.st_size, before.st_mtime_ns):
+            for modality, part in parts.items():
+                part.update(
+                    settings=json.dumps(data.stored(modality), sort_keys=True),
+                    codec=video.info.codec,
+                    source_fps=video.info.fps,
+                    source_frames=video.read,
+                    source_width=video.info.width,
+                    source_height=video.info.height,
+                    rotation=video.info.rotation,
+                    damaged_frames=video.damaged,
+                    sampling=sampling,
+                    scaling=scaling,
+                    fps=fps,
+                    width=width,
+                    height=height,
+                )
+            if _stamp(path) != before:
                 raise BadVideo("it changed while it was read")
-        return Result(part.frames, job.part.stat().st_size)
+        written = sum(part.stat().st_size for part in job.parts.values())
+        return Result(max(part.frames for part in parts.values()), written)
     except (OSError, RuntimeError) as error:  # RuntimeError is h5py's other voice
         return Result(failure=str(error), full=disk_is_full(error))
 
 
+def _write(video: VideoReader | FrameFolder, parts: Mapping[str, PartWriter], data: DataSettings) -> None:
+    """All frames into all parts, in one pass over the video."""
+    rgb, flow = parts.get("rgb"), parts.get("flow")
+    if flow is not None and isinstance(video, FrameFolder) and video.has_flow:
+        flow.update(
+            flow_method=data.flow, flow_bound=data.flow_bound, flow_parameters="as the images were given"
+        )
+        for images in video.flows(data):
+            flow.append(images)
+        flow = None
+        if rgb is None:
+            return
+    estimator = FlowEstimator(data.flow, data.flow_bound) if flow is not None else None
+    previous = motion = None
+    for picture in video.pictures(data):
+        if rgb is not None:
+            rgb.append(picture.stored(data))
+        if flow is not None and estimator is not None:
+            grey = picture.grey()
+            if previous is not None:
+                motion = _stored_flow(estimator.between(previous, grey), data)
+                flow.append(motion)
+            previous = grey
+    if flow is None or estimator is None:
+        return
+    if motion is None:
+        raise BadVideo("one frame only, so there is no motion between frames")
+    flow.append(motion)  # the last is repeated: as many as frames
+    flow.update(
+        flow_method=data.flow,
+        flow_bound=data.flow_bound,
+        flow_parameters=json.dumps(estimator.parameters, sort_keys=True),
+    )
+
+
+def _stored_flow(flow: Bytes, data: DataSettings) -> Stored:
+    """(H, W, 2) uint8 -> as the store keeps it."""
+    if data.storage == "raw":
+        return flow
+    return tuple(encode(np.ascontiguousarray(flow[:, :, axis]), data) for axis in (0, 1))
+
+
+def _require_equal_length(parts: Mapping[str, PartWriter], beside: Path | None) -> None:
+    """Both streams of a video show the same moments, or fusion would mean nothing."""
+    lengths = {modality: part.frames for modality, part in parts.items()}
+    if beside is not None and beside.exists():
+        with contextlib.suppress(OSError):  # a damaged one is found where it is used
+            lengths[beside.parent.parent.name] = int(read_attributes(beside)["frame_count"])
+    if len(set(lengths.values())) > 1:
+        told = ", ".join(f"{modality} has {frames} frames" for modality, frames in sorted(lengths.items()))
+        raise BadVideo(f"the two streams differ in length: {told}")
+
+
 def _stamp(path: Path) -> tuple[int, int]:
     try:
-        stat = path.stat()
+        return stamp(path)
     except OSError:
         raise BadVideo("the file has disappeared") from None
-    return stat.st_size, stat.st_mtime_ns
-
-
-def _digest(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()

@@ -29,6 +29,7 @@ from gkdcli.files import atomic_path
 SCHEMA = 1
 Storage = Literal["jpeg", "raw"]
 Bytes = NDArray[np.uint8]
+Stored = bytes | tuple[bytes, ...] | Bytes  # one frame: JPEG, JPEGs of x and y, or pixels
 _HELD_BYTES = 16 << 20  # of JPEGs in memory; a longer video waits in an unnamed file
 _LONGEST_NAME = 220  # bytes; a file name has 255, and temporary names add a process id
 _HEAD_BYTES = 512
@@ -75,36 +76,84 @@ def part_path(modality_folder: Path, class_name: str, name: str) -> Path:
     return modality_folder / escape(class_name) / f"{escape(name)}.h5"
 
 
+STREAMS = {"rgb": ("frames",), "flow": ("flow_x", "flow_y")}  # of JPEGs, by modality
+
+
+class _Stream:
+    """The JPEGs of one stream: in memory, or beyond 16 MB in an unnamed file of `folder`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.offsets = [0]
+        self._folder = folder
+        self._held: list[bytes] = []
+        self._spilled = 0
+        self._spool: Any = None
+
+    def append(self, image: bytes) -> None:
+        self._held.append(image)
+        self.offsets.append(self.offsets[-1] + len(image))
+        if self.offsets[-1] - self._spilled > _HELD_BYTES:
+            self._spill()
+
+    def write(self, frames: Any) -> None:
+        """All images back to back into a dataset of that length."""
+        if not self._spilled:
+            frames[:] = np.frombuffer(b"".join(self._held), np.uint8)
+            return
+        self._spill()
+        self._spool.seek(0)
+        for start in range(0, self.offsets[-1], _HELD_BYTES):
+            block = np.frombuffer(self._spool.read(_HELD_BYTES), np.uint8)
+            frames[start : start + len(block)] = block
+
+    def close(self) -> None:
+        if self._spool is not None:
+            self._spool.close()
+
+    def _spill(self) -> None:
+        if self._spool is None:
+            self._spool = TemporaryFile(dir=self._folder)  # noqa: SIM115
+        self._spool.write(b"".join(self._held))
+        self._held.clear()
+        self._spilled = self.offsets[-1]
+
+
 class PartWriter:
     """Writes one part, frame by frame, in bounded memory; it gets its name when the block ends well.
 
     JPEG: `/frames` is all images back to back and contiguous in the file, `/offsets` says where each
-    begins. The length is known only at the end, so images wait in memory, or beyond 16 MB in an
-    unnamed file. Raw: `/frames` (T, H, W, C), in chunks of whole frames.
+    begins; flow is two such streams of grey images, `/flow_x` with `/flow_x_offsets` and `/flow_y`. The
+    length is known only at the end, so images wait in memory, or beyond 16 MB in an unnamed file. Raw:
+    `/frames` (T, H, W, C), in chunks of whole frames.
 
     Args:
         path: the part's final name.
-        storage: "jpeg" (append bytes) or "raw" (append (H, W, C) uint8).
+        storage: "jpeg" (append bytes, of flow a pair) or "raw" (append (H, W, C) uint8).
         attributes: of the file; `update` adds more while writing.
+        modality: "rgb" or "flow".
 
     Raises:
         OSError: the disk is full, or does not work.
     """
 
-    def __init__(self, path: Path, storage: Storage, attributes: Mapping[str, Any]) -> None:
+    def __init__(
+        self, path: Path, storage: Storage, attributes: Mapping[str, Any], modality: str = "rgb"
+    ) -> None:
         self.path = path
         self.storage = storage
         self.frames = 0
         self._attributes = dict(attributes)
-        self._offsets = [0]
-        self._held: list[bytes] = []
-        self._spilled = 0
+        self._streams = (
+            {name: _Stream(path.parent) for name in STREAMS[modality]} if storage == "jpeg" else {}
+        )
         self._pending: list[Bytes] = []
         self._stack = ExitStack()
 
     def __enter__(self) -> PartWriter:
         with ExitStack() as stack:
             self._temporary = stack.enter_context(atomic_path(self.path))
+            for stream in self._streams.values():
+                stack.callback(stream.close)
             file = h5py.File(self._temporary, "w", locking=False, userblock_size=_HEAD_BYTES)
             self._file = stack.enter_context(file)
             self._stack = stack.pop_all()
@@ -114,14 +163,13 @@ class PartWriter:
         """Adds attributes that are known only once the video was read."""
         self._attributes |= attributes
 
-    def append(self, frame: bytes | Bytes) -> None:
+    def append(self, frame: Stored) -> None:
         """One more frame."""
         if self.storage == "jpeg":
-            assert isinstance(frame, bytes)
-            self._held.append(frame)
-            self._offsets.append(self._offsets[-1] + len(frame))
-            if self._offsets[-1] - self._spilled > _HELD_BYTES:
-                self._spill()
+            images = frame if isinstance(frame, tuple) else (frame,)
+            for stream, image in zip(self._streams.values(), images, strict=True):
+                assert isinstance(image, bytes)
+                stream.append(image)
         else:
             self._pending.append(np.asarray(frame, np.uint8))
             if len(self._pending) == _chunk_frames(self._pending[0].nbytes):
@@ -136,11 +184,11 @@ class PartWriter:
                 self._stack.__exit__(kind, error, trace)
                 return
             assert self.frames, "a part holds at least one frame"
-            streams = {}
-            if self.storage == "jpeg":
-                streams["frames"] = self._write_images()
+            if self._streams:
+                self._check_space()
             else:
                 self._write_pending()
+            streams = {name: self._write_stream(name, stream) for name, stream in self._streams.items()}
             self._file.attrs.update({**self._attributes, "frame_count": self.frames, "schema": SCHEMA})
             self._file.close()
             self._write_head(streams)
@@ -158,33 +206,19 @@ class PartWriter:
         with open(self._temporary, "r+b") as file:
             file.write(line)
 
-    def _spill(self) -> None:
-        """Moves the images held to the unnamed file."""
-        if not self._spilled:
-            spool = TemporaryFile(dir=self.path.parent)  # noqa: SIM115
-            self._spool = self._stack.enter_context(spool)
-        self._spool.write(b"".join(self._held))
-        self._held.clear()
-        self._spilled = self._offsets[-1]
-
-    def _write_images(self) -> list[int]:
-        """Returns where images and offsets begin in the file, and the length of the images."""
-        total = self._offsets[-1]
+    def _check_space(self) -> None:
         free = os.statvfs(self.path.parent)
-        if free.f_bavail * free.f_frsize < total:
+        if free.f_bavail * free.f_frsize < sum(stream.offsets[-1] for stream in self._streams.values()):
             # said here, before HDF5 is caught half-way
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
-        frames = self._file.create_dataset("frames", (total,), np.uint8)
-        if self._spilled:
-            self._spill()
-            self._spool.seek(0)
-            for start in range(0, total, _HELD_BYTES):
-                block = np.frombuffer(self._spool.read(_HELD_BYTES), np.uint8)
-                frames[start : start + len(block)] = block
-        else:
-            frames[:] = np.frombuffer(b"".join(self._held), np.uint8)
-        self._file["offsets"] = np.array(self._offsets, "<i8")
-        return [frames.id.get_offset(), self._file["offsets"].id.get_offset(), total]
+
+    def _write_stream(self, name: str, stream: _Stream) -> list[int]:
+        """Returns where images and offsets begin in the file, and the length of the images."""
+        frames = self._file.create_dataset(name, (stream.offsets[-1],), np.uint8)
+        stream.write(frames)
+        offsets = "offsets" if name == "frames" else f"{name}_offsets"
+        self._file[offsets] = np.array(stream.offsets, "<i8")
+        return [frames.id.get_offset(), self._file[offsets].id.get_offset(), stream.offsets[-1]]
 
     def _write_pending(self) -> None:
         if not self._pending:
@@ -221,6 +255,7 @@ class PartReader:
         self.path = path
         self._descriptor = -1
         self._raw: Any = None
+        self._streams: list[tuple[int, Any]] = []  # where the images lie, and where each ends
         try:
             self._descriptor = os.open(path, os.O_RDONLY)
             head = json.loads(os.pread(self._descriptor, _HEAD_BYTES, 0))
@@ -232,12 +267,12 @@ class PartReader:
                     str(path),
                     "run the same `gkd prepare` again, and start the command after it has finished",
                 )
-            if head["streams"]:
-                self._images_at, offsets_at, total = head["streams"]["frames"]
-                self._ends = self._read(offsets_at, 8 * (frames + 1)).view("<i8")  # (T + 1,)
-                if self._ends[0] != 0 or self._ends[-1] != total:
+            for images_at, offsets_at, total in head["streams"].values():
+                ends = self._read(offsets_at, 8 * (frames + 1)).view("<i8")  # (T + 1,)
+                if ends[0] != 0 or ends[-1] != total:
                     raise ValueError("its offsets are wrong")
-            else:
+                self._streams.append((images_at, ends))
+            if not self._streams:
                 self._raw = h5py.File(path, "r", locking=False)
         except GkdError:
             self.close()
@@ -247,17 +282,23 @@ class PartReader:
             raise damaged_part(path, str(error)) from None
 
     def frames(self, start: int, count: int) -> list[Bytes] | Bytes:
-        """Frames [start, start + count) in one read: JPEGs, views of one buffer; or (count, H, W, C)."""
+        """Frames [start, start + count): (count, H, W, C), or JPEGs in one read per stream.
+
+        Flow in JPEG is `count` pictures of x and then `count` of y.
+        """
+        images: list[Bytes] = []
         try:
             if self._raw is not None:
                 raw: Bytes = self._raw["frames"][start : start + count]
                 return raw
-            ends = self._ends[start : start + count + 1]
-            block = self._read(self._images_at + int(ends[0]), int(ends[-1] - ends[0]))
+            for images_at, all_ends in self._streams:
+                ends = all_ends[start : start + count + 1]
+                block = self._read(images_at + int(ends[0]), int(ends[-1] - ends[0]))
+                cuts = (ends - ends[0]).tolist()
+                images += [block[a:b] for a, b in itertools.pairwise(cuts)]
         except (OSError, RuntimeError, KeyError) as error:
             raise damaged_part(self.path, str(error)) from None
-        cuts = (ends - ends[0]).tolist()
-        return [block[a:b] for a, b in itertools.pairwise(cuts)]
+        return images
 
     def _read(self, start: int, length: int) -> Bytes:
         block = np.empty(length, np.uint8)

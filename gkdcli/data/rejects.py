@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from gkdcli.files import write_text
+from gkdcli.files import stamp, write_text
 
 _HEADER = "path\treason\tsize\tmodified_ns"
 
@@ -23,10 +23,9 @@ class Reject:
     def of(cls, path: Path, reason: str) -> Reject:
         """A reject that stands for as long as the file is the same."""
         try:
-            stat = path.stat()
+            return cls(reason, *stamp(path))
         except OSError:
             return cls("the file has disappeared")
-        return cls(reason, stat.st_size, stat.st_mtime_ns)
 
 
 def write_rejects(path: Path, rows: Sequence[tuple[str, Reject]]) -> None:

@@ -98,7 +98,7 @@ def build_index(
         dataset: the name of the data set.
         modality: the name of the folder of parts.
         listing: classes and splits; the position of a class is its label.
-        settings: `DataSettings.stored()` of the parts.
+        settings: `DataSettings.stored(modality)` of the parts.
 
     Returns:
         The index.
@@ -158,7 +158,7 @@ def build_index(
 
 
 def written_settings(store_folder: Path, modality: str) -> dict[str, Any]:
-    """`DataSettings.stored()` of what was written so far; empty where nothing was."""
+    """`DataSettings.stored(modality)` of what was written so far; empty where nothing was."""
     attributes: dict[str, Any] = {}
     for path in [store_folder / f"{modality}.h5", *(store_folder / modality).glob("*/*.h5")]:
         try:
@@ -198,7 +198,7 @@ class Store:
     Attributes:
         classes: names, the position is the label.
         videos: one row per video, ordered by label and name.
-        settings: `DataSettings.stored()` when it was written.
+        settings: `DataSettings.stored(modality)` when it was written.
         fingerprint: changes with the videos and with the settings.
     """
 
@@ -286,10 +286,10 @@ class Store:
         return self._splits[number, subset]
 
     def frames(self, video: int, start: int, count: int) -> list[Bytes] | Bytes:
-        """Frames [start, start + count) of a video, in one read.
+        """Frames [start, start + count) of a video, in one read per stream.
 
         Returns:
-            JPEG: `count` byte arrays, views of one buffer. Raw: (count, H, W, C) uint8.
+            JPEG: `count` byte arrays, of flow those of x and then those of y. Raw: (count, H, W, C) uint8.
 
         Raises:
             GkdError: the part is missing or damaged.

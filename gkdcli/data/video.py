@@ -49,6 +49,63 @@ class VideoInfo:
     rotation: int
 
 
+class Picture:
+    """One upright frame of the stored size.
+
+    Args:
+        bgr: (H, W, 3) uint8; None where `jpeg` was not decoded.
+        jpeg: the frame as a JPEG file, where there is one that can be kept as it is.
+    """
+
+    def __init__(self, bgr: Bytes | None, jpeg: bytes | None = None) -> None:
+        self._bgr = bgr
+        self._jpeg = jpeg
+
+    def stored(self, data: DataSettings) -> bytes | Bytes:
+        """As an rgb store keeps it: a JPEG file, or (H, W, 3) uint8 RGB."""
+        if data.storage == "raw":
+            return np.ascontiguousarray(self.bgr()[:, :, ::-1])
+        return self._jpeg if self._jpeg is not None else encode(self.bgr(), data)
+
+    def bgr(self) -> Bytes:
+        """(H, W, 3) uint8."""
+        if self._bgr is None:
+            assert self._jpeg is not None
+            self._bgr = decode(self._jpeg)
+        return self._bgr
+
+    def grey(self) -> Bytes:
+        """(H, W) uint8, as optical flow takes it."""
+        return np.asarray(cv2.cvtColor(self.bgr(), cv2.COLOR_BGR2GRAY), np.uint8)
+
+
+def encode(picture: Bytes, data: DataSettings) -> bytes:
+    """(H, W, 3) BGR or (H, W) grey -> a JPEG file."""
+    return bytes(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, data.jpeg_quality])[1])
+
+
+def decode(jpeg: bytes, grey: bool = False) -> Bytes:
+    """A JPEG file -> (H, W, 3) BGR or (H, W) grey.
+
+    Raises:
+        BadVideo: it is damaged.
+    """
+    # the file's own orientation tag is ignored, as by everyone who reads extracted frames
+    mode = cv2.IMREAD_GRAYSCALE if grey else cv2.IMREAD_COLOR
+    found = cv2.imdecode(np.frombuffer(jpeg, np.uint8), mode | cv2.IMREAD_IGNORE_ORIENTATION)
+    if found is None:
+        raise BadVideo("an image of it cannot be decoded")
+    return np.asarray(found, np.uint8)
+
+
+def rescale(picture: Bytes, width: int, height: int, data: DataSettings) -> Bytes:
+    """To (height, width), by the method that `VideoReader.pictures` uses."""
+    if picture.shape[:2] == (height, width):
+        return picture
+    method = cv2.INTER_CUBIC if data.size else cv2.INTER_AREA
+    return np.asarray(cv2.resize(picture, (width, height), interpolation=method), np.uint8)
+
+
 def probe(path: Path) -> VideoInfo:
     """Opens a file and decodes its first frame.
 
@@ -60,13 +117,14 @@ def probe(path: Path) -> VideoInfo:
 
 
 def read_frames(path: Path, data: DataSettings) -> Iterator[bytes | Bytes]:
-    """Frames in the form that the store keeps, see `VideoReader.frames`.
+    """Frames in the form that the store keeps, see `VideoReader.pictures` and `Picture.stored`.
 
     Raises:
         BadVideo: there is no video in it, or too much of it is damaged or missing.
     """
     with VideoReader(path) as video:
-        yield from video.frames(data)
+        for picture in video.pictures(data):
+            yield picture.stored(data)
 
 
 def stored_size(width: int, height: int, data: DataSettings) -> tuple[int, int]:
@@ -165,8 +223,8 @@ class VideoReader:
             return "not", width, height
         return ("bicubic" if data.size else "area"), width, height
 
-    def frames(self, data: DataSettings) -> Iterator[bytes | Bytes]:
-        """Yields upright, scaled frames, once: JPEG files as bytes, or (H, W, 3) uint8 RGB.
+    def pictures(self, data: DataSettings) -> Iterator[Picture]:
+        """Yields upright, scaled frames, once.
 
         With `data.fps` below the video's rate, `sampled` chooses. `data.size` scales bicubically, as the
         published arrays; `data.short_side` by area.
@@ -179,8 +237,6 @@ class VideoReader:
             raise BadVideo("the frame rate is unknown, so frames cannot be chosen by it")
         method, width, height = self.scaling(data)
         scaled = (width, height) if self.info.rotation % 180 == 0 else (height, width)
-        jpeg = data.storage == "jpeg"
-        quality = [cv2.IMWRITE_JPEG_QUALITY, data.jpeg_quality]
         interpolation = "BICUBIC" if method == "bicubic" else "AREA"
         turn = _TURNS.get(self.info.rotation)
         step = max(self.info.fps / data.fps, 1.0) if data.fps else 1.0
@@ -189,14 +245,14 @@ class VideoReader:
         for frame in sampled(self._all_frames(), step):
             try:
                 picture: Bytes = scaler.reformat(
-                    frame, *scaled, "bgr24" if jpeg else "rgb24", interpolation=interpolation, threads=1
+                    frame, *scaled, "bgr24", interpolation=interpolation, threads=1
                 ).to_ndarray()
             except (av.error.FFmpegError, ValueError) as error:
                 raise BadVideo(f"frames of format {frame.format.name} cannot be scaled: {error}") from None
             if turn is not None:
                 picture = np.asarray(cv2.rotate(picture, turn), np.uint8)
             kept += 1
-            yield cv2.imencode(".jpg", picture, quality)[1].tobytes() if jpeg else picture
+            yield Picture(picture)
         self._check_whole()
         if not kept:
             raise BadVideo(f"too short: not one frame at {data.fps:g} frames/s")

@@ -24,6 +24,8 @@ class Recognizer(nn.Module):
         dropout: probability before the classifier, for `dropout_shape`'s user; nothing is drawn here.
         attention: False for the plain student.
         bn_momentum: share of each batch in batch norm's running statistics.
+        scores_attended: False where evaluation takes the plain feature although there is an attention
+            (flow in recipe `official`, METHOD.md 6).
     """
 
     taps = ("Mixed_5c",)
@@ -40,8 +42,10 @@ class Recognizer(nn.Module):
         dropout: float = 0.5,
         attention: bool = True,
         bn_momentum: float = 0.01,
+        scores_attended: bool = True,
     ) -> None:
         super().__init__()
+        self.scores_attended = scores_attended
         self.shapes = {tap: tap_shape(tap, length, crop, width) for tap in self.taps}
         assert self.shapes["Mixed_5c"][1] >= 2, (
             "the classifier averages pairs of time steps: 16 frames at least"
@@ -86,17 +90,21 @@ class Recognizer(nn.Module):
         channels, time, _, _ = self.shapes["Mixed_5c"]
         return batch, channels, time - 1, 1, 1
 
-    def forward(self, clip: Tensor) -> Tensor:
-        """(B, channels, T, H, W) -> time-averaged logits (B, classes).
+    def time_logits(self, clip: Tensor) -> Tensor:
+        """(B, channels, T, H, W) -> logits per time step (B, classes, T' - 1), as evaluation takes them.
 
-        Of the attended feature, rescaled per sample (METHOD.md 8), or of the plain one in a network without
-        attention. This is the graph that is exported.
+        Of the attended feature, rescaled per sample (METHOD.md 8), or of the plain one.
         """
         features = self.features(clip)
         feature = features["Mixed_5c"]
-        for tap, attention in self.attend(features).items():
-            feature = attend(features[tap], attention, over="sample")
-        return self.logits(feature).mean(dim=2)
+        if self.scores_attended:
+            for tap, attention in self.attend(features).items():
+                feature = attend(features[tap], attention, over="sample")
+        return self.logits(feature)
+
+    def forward(self, clip: Tensor) -> Tensor:
+        """(B, channels, T, H, W) -> time-averaged logits (B, classes): the graph that is exported."""
+        return self.time_logits(clip).mean(dim=2)
 
 
 def build_cvae(network: Recognizer) -> nn.ModuleDict:

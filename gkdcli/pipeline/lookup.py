@@ -8,6 +8,7 @@ from gkdcli.console import Console
 from gkdcli.data.store import Store, setting_differences
 from gkdcli.errors import GkdError
 from gkdcli.pipeline.imports import plan_import, write_entry
+from gkdcli.resolve import toml_value
 from gkdcli.runs import STAGE_FOLDER, Place, Run, misfit, newest_complete, open_run
 from gkdcli.tasks.trained import ROLE
 
@@ -26,32 +27,41 @@ def open_store(place: Place) -> Store:
             "this version trains recognition: demo, folder",
         )
     store = Store.open(place.store)
-    differences = setting_differences(store.settings, place.settings.data.stored())
+    differences = setting_differences(store.settings, place.settings.data.stored(place.modality))
     if differences:
+        key = differences[0].split()[0]
+        theirs = toml_value(store.settings.get(key.removeprefix("data.")))
         raise GkdError(
             f"the store was prepared with other settings: {', '.join(differences)}",
             str(place.store),
-            "use the store's settings, or prepare under another name (`dataset` in the preset)",
+            f"`--set {key}={theirs}` takes the store's; or prepare under another name (`dataset`)",
         )
     return store
 
 
 def find_run(
-    place: Place, console: Console, model: str, run_path: Path | None, store: Store, dry_run: bool = False
+    place: Place,
+    console: Console,
+    model: str,
+    run_path: Path | None,
+    store: Store,
+    flag: str = "--run",
+    dry_run: bool = False,
 ) -> Run:
-    """The named run, or the one that `newest` finds.
+    """The named run, or the one that `newest` finds; what was chosen is said, with the flag to differ.
 
     Raises:
         GkdError: none fits, or the named one is of other classes, another split or modality.
     """
     stage = "pretrain" if model == "teacher" else "distill"
     if run_path is None:
-        run = newest(place, console, stage, store.classes, dry_run=dry_run)
-        console.note(f"{model}: {run.folder} {chosen(run, '--run')}")
+        run = newest(place, console, stage, store.classes, flag=flag, dry_run=dry_run)
+        console.note(f"{model}: {run.folder} {chosen(run, flag)}")
     else:
         run = open_run(run_path)
         _require_like(run, place, store)
     run.take_names(store.classes)
+    require_same_flow(run, store)
     if run.is_of_other_store(store.fingerprint):
         console.warn("the store has changed since this run was trained on it", str(run.folder))
     return run
@@ -120,6 +130,25 @@ def _imported(place: Place, console: Console, stage: str, otherwise: GkdError, d
     write_entry(place, entry)
     console.note(f"{file} was imported as {entry.path}")
     return Run(entry.path)
+
+
+def require_same_flow(run: Run, store: Store) -> None:
+    """Flow of another method or bound looks different: a network that never saw it is no use on it.
+
+    Raises:
+        GkdError: with both.
+    """
+    if store.modality != "flow":
+        return
+    learnt = run.settings.data.stored("flow")
+    odd = [key for key in ("flow", "flow_bound") if learnt[key] != store.settings[key]]
+    if odd:
+        told = ", ".join(f"data.{key} {learnt[key]}, the store has {store.settings[key]}" for key in odd)
+        raise GkdError(
+            f"this run was trained on flow of another kind: {told}",
+            str(run.folder),
+            "name a run that was trained on such flow, or prepare the flow it knows under another name",
+        )
 
 
 def _require_like(run: Run, place: Place, store: Store) -> None:

@@ -21,7 +21,7 @@ from gkdcli.models.cost import cost
 from gkdcli.models.foreign import load_backbone
 from gkdcli.models.layers import initialise
 from gkdcli.models.recognizer import Recognizer, build_cvae
-from gkdcli.pipeline.lookup import chosen, newest, open_store
+from gkdcli.pipeline.lookup import chosen, newest, open_store, require_same_flow
 from gkdcli.report import draw_curves
 from gkdcli.result import Result
 from gkdcli.runs import (
@@ -93,6 +93,13 @@ def train(
     if run is None:
         run = create_run(place, stage, _record(place, store, held, teacher_run, began, plan))
         console.note(f"run {run.folder}: {began}, {plan['steps']} steps on {device.type}")
+        if stage == "pretrain" and settings.recipe == "official" and began == "from scratch":
+            file = "rgb_imagenet.pt" if place.modality == "rgb" else "flow_imagenet.pt"
+            console.warn(
+                "this teacher starts from scratch; the paper's starts from Kinetics weights",
+                "no --backbone was given",
+                f"`{place.command('pretrain-attention', '--backbone', file)}` with the public I3D file",
+            )
     held_set = ClipDataset(store, held, settings.clips, settings.recipe, seed=None)
     job = Job(
         networks,
@@ -138,6 +145,7 @@ def _find_teacher(
             f"`--modality {found.record['modality']}`",
         )
     require_same_clip(found, settings)
+    require_same_flow(found, store)
     if distilled and settings.distill.generative_weight and not has_generators(found):
         raise GkdError(
             "this teacher was imported without its CVAE, which generative distillation asks",
@@ -254,7 +262,7 @@ def _validate(
     batch, workers = place.settings.eval.batch_size, place.settings.train.workers
     logits, labels = predict(
         dataset,
-        recognition.predictor(network, place.modality, place.settings.recipe),
+        network.time_logits,
         batch_size=batch,
         device=device,
         workers=workers if limit is None else 0,

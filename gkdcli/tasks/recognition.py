@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Literal
 
 from torch import Tensor
@@ -31,6 +30,7 @@ def build_network(
         dropout=settings.model.dropout,
         bn_momentum=settings.model.bn_momentum,
         attention=attention,
+        scores_attended=not (modality == "flow" and settings.recipe == "official"),
     )
 
 
@@ -49,20 +49,3 @@ def supervised_terms(
         feature = attend(feature, maps["Mixed_5c"], over)
     keep = noise.keep(network.dropout_shape(len(labels)), network.dropout)
     return {"classification": Term(1.0, classification_loss(network.logits(feature, keep), labels, recipe))}
-
-
-def predictor(network: Recognizer, modality: str, recipe: str) -> Callable[[Tensor], Tensor]:
-    """Normalised clips -> logits per time step (B, classes, T' - 1), as evaluation takes them (METHOD.md 6).
-
-    rgb: of the attended feature, rescaled per clip. flow: of the plain feature in `official` (8 (17)).
-    """
-
-    def logits(clips: Tensor) -> Tensor:
-        features = network.features(clips)
-        feature = features["Mixed_5c"]
-        if not (modality == "flow" and recipe == "official"):
-            for tap, attention in network.attend(features).items():
-                feature = attend(features[tap], attention, "sample")
-        return network.logits(feature)
-
-    return logits

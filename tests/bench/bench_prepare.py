@@ -70,7 +70,7 @@ def _ours(videos: list[Path], folder: Path, workers: int) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     sources = [Source(path, "a", f"{number:04}", {1: "train"}) for number, path in enumerate(videos)]
     data = DataSettings(short_side=0, jpeg_quality=QUALITY)
-    report = prepare_parts(Listing(["a"], sources), folder, "bench", "rgb", data, workers=workers)
+    report = prepare_parts(Listing(["a"], sources), folder, "bench", ("rgb",), data, workers=workers)
     assert not report.rejected, report.rejected
 
 

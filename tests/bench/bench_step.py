@@ -1,4 +1,4 @@
-"""One distillation iteration of recognition against a plain I3D forward: time in one process, memory in another.
+"""One distillation iteration of recognition against a plain I3D forward, and its memory.
 
     python tests/bench/bench_step.py [--repeats 5] [--threads 2] [--profile]
 
@@ -95,7 +95,11 @@ def main() -> None:
     if given.profile:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
             iteration()
-        print(profile.key_averages().table(sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40))
+        print(
+            profile.key_averages().table(
+                sort_by="self_cpu_time_total", row_limit=15, max_name_column_width=40
+            )
+        )
         return
     steps, plains = [], []
     for _ in range(given.repeats):

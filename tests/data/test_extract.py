@@ -49,7 +49,7 @@ def _prepare(
 ) -> Report:
     listing = scan_folder(root / "videos", 0.5)
     return prepare_parts(
-        listing, root / "mine", "mine", "rgb", data, workers=workers, progress=progress, retry=retry
+        listing, root / "mine", "mine", ("rgb",), data, workers=workers, progress=progress, retry=retry
     )
 
 
@@ -75,7 +75,7 @@ def test_a_folder_becomes_a_store(tmp_path: Path) -> None:
     assert sum(call[3] for call in calls) == 80
     parts = list((tmp_path / "mine" / "rgb").rglob("*.h5"))
     assert report.bytes_written == sum(path.stat().st_size for path in parts)
-    store = Store.open(report.index)
+    store = Store.open(report.indexes["rgb"])
     assert store.classes == ["jump", "walk"]
     assert [(row.name, row.frames, row.fps, row.width, row.height) for row in store.videos][:2] == [
         ("jump_0", 20, 25.0, 42, 32),
@@ -84,7 +84,7 @@ def test_a_folder_becomes_a_store(tmp_path: Path) -> None:
     assert len(store.split(1, "train")) == len(store.split(1, "test")) == 2
     direct = list(read_frames(tmp_path / "videos" / "jump" / "jump_1.mp4", DATA))
     assert [frame.tobytes() for frame in store.frames(1, 0, 20)] == direct
-    assert store.settings == DATA.stored()
+    assert store.settings == DATA.stored("rgb")
     assert not (tmp_path / "mine" / "rgb.rejected.tsv").exists()
 
 
@@ -129,10 +129,10 @@ def test_a_second_run_does_nothing_and_changed_videos_are_redone(tmp_path: Path)
     (folder / "walk" / "walk_1.mp4").unlink()
     changed = _prepare(tmp_path)
     assert (changed.prepared, changed.skipped, changed.unlisted) == (2, 2, 1)
-    store = Store.open(changed.index)
+    store = Store.open(changed.indexes["rgb"])
     assert [row.frames for row in store.videos] == [12, 20, 20, 13]
     assert store.fingerprint != before["fingerprint"]
-    assert first.index == changed.index
+    assert first.indexes == changed.indexes
 
 
 def test_other_settings_are_refused_with_both_values(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_bad_videos_are_recorded_and_tried_again_when_they_change(tmp_path: Path
     lines = (tmp_path / "mine" / "rgb.rejected.tsv").read_text().splitlines()
     assert lines[0].split("\t")[:2] == ["path", "reason"]
     assert {line.split("\t")[0]: line.split("\t")[1] for line in lines[1:]} == dict(report.rejected)
-    assert Store.open(report.index).classes == ["hum", "jump"]  # labels do not depend on rejects
+    assert Store.open(report.indexes["rgb"]).classes == ["hum", "jump"]  # labels do not depend on rejects
 
     calls: list[Any] = []
     again = _prepare(tmp_path, progress=lambda *call: calls.append(call))
@@ -184,7 +184,7 @@ def test_a_video_that_went_bad_leaves_the_index(tmp_path: Path) -> None:
     (folder / "jump" / "jump_1.mp4").write_bytes(b"no video")
     report = _prepare(tmp_path)
     assert len(report.rejected) == 1
-    assert [row.name for row in Store.open(report.index).videos] == ["jump_0", "jump_2"]
+    assert [row.name for row in Store.open(report.indexes["rgb"]).videos] == ["jump_0", "jump_2"]
 
 
 def test_a_file_that_disappears_during_the_run_is_a_reject(tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_a_file_that_disappears_during_the_run_is_a_reject(tmp_path: Path) -> No
         listing,
         tmp_path / "mine",
         "mine",
-        "rgb",
+        ("rgb",),
         DATA,
         workers=1,
         progress=lambda *_: gone.unlink(missing_ok=True),
@@ -215,7 +215,7 @@ def test_awkward_names_make_a_store(tmp_path: Path) -> None:
     bad = os.path.join(os.fsencode(tmp_path / "videos" / "-é c"), b"\xff\tbad.mp4")
     Path(os.fsdecode(bad)).write_bytes(b"x")
     report = _prepare(tmp_path, workers=2)
-    store = Store.open(report.index)
+    store = Store.open(report.indexes["rgb"])
     assert {row.name for row in store.videos} == {*names, os.fsdecode(b"\xff\xfe")}
     assert all(len(store.frames(place, 0, 2)) == 2 for place in range(len(names) + 1))
     assert len(report.rejected) == 1
@@ -360,9 +360,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
-@pytest.mark.parametrize(("storage", "left"), [("jpeg", 40_000), ("jpeg", 140_000), ("raw", 140_000)])
+@pytest.mark.parametrize(
+    ("storage", "left", "modalities"),
+    [
+        ("jpeg", 40_000, ("rgb",)),
+        ("jpeg", 140_000, ("rgb",)),
+        ("raw", 140_000, ("rgb",)),
+        ("jpeg", 140_000, ("rgb", "flow")),
+    ],
+)
 def test_a_full_disk_ends_the_run_and_leaves_whole_parts(
-    tmp_path: Path, small_disk: Path, storage: str, left: int
+    tmp_path: Path, small_disk: Path, storage: str, left: int, modalities: tuple[str, ...]
 ) -> None:
     """Seen by the parent in time (40 KB are under a fiftieth of the disk), or by a worker that fails."""
     folder = tmp_path / "videos" / "jump"
@@ -370,7 +378,8 @@ def test_a_full_disk_ends_the_run_and_leaves_whole_parts(
     for place in range(4):
         write_video(folder / f"{place}.mp4", noise)
     listing = scan_folder(tmp_path / "videos", 0.5)
-    data = DataSettings.model_validate({"short_side": 0, "storage": storage, "jpeg_quality": 100})
+    given = {"short_side": 0, "storage": storage, "jpeg_quality": 100, "flow": "farneback"}
+    data = DataSettings.model_validate(given)
     ballast = small_disk / "ballast"
 
     def fill(done: int, total: int, name: str, frames: int) -> None:
@@ -378,7 +387,7 @@ def test_a_full_disk_ends_the_run_and_leaves_whole_parts(
             ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - left))
 
     with pytest.raises(GkdError) as caught:
-        prepare_parts(listing, small_disk / "mine", "mine", "rgb", data, workers=1, progress=fill)
+        prepare_parts(listing, small_disk / "mine", "mine", modalities, data, workers=1, progress=fill)
     assert caught.value.what == "the disk is full"
     assert "continues" in caught.value.hint
     parts = list((small_disk / "mine" / "rgb").rglob("*.h5"))
@@ -386,7 +395,7 @@ def test_a_full_disk_ends_the_run_and_leaves_whole_parts(
     assert all(read_attributes(part)["frame_count"] == 12 for part in parts)
     assert list((small_disk / "mine").rglob(".*.tmp")) == []
     ballast.unlink()
-    report = prepare_parts(listing, small_disk / "mine", "mine", "rgb", data, workers=1)
+    report = prepare_parts(listing, small_disk / "mine", "mine", modalities, data, workers=1)
     assert (report.skipped, report.prepared, report.rejected) == (len(parts), 4 - len(parts), [])
 
 
@@ -396,7 +405,7 @@ def test_what_will_not_fit_is_refused_before_anything_is_written(tmp_path: Path,
     listing = scan_folder(tmp_path / "videos", 0.5)
     data = DataSettings(short_side=0, storage="raw")
     with pytest.raises(GkdError, match=r"the disk is too small: about 1\.8 MB are needed") as caught:
-        prepare_parts(listing, small_disk / "mine", "mine", "rgb", data)
+        prepare_parts(listing, small_disk / "mine", "mine", ("rgb",), data)
     assert "--root" in caught.value.hint
     assert list((small_disk / "mine").rglob("*.h5")) == []
 
@@ -405,5 +414,5 @@ def test_a_disk_that_cannot_be_written_is_refused_in_words(tmp_path: Path, small
     _videos(tmp_path / "videos", ("jump",), 1, frames=2)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     with pytest.raises(GkdError, match="the store cannot be written") as caught:
-        prepare_parts(scan_folder(tmp_path / "videos", 0.5), small_disk / "mine", "mine", "rgb", DATA)
+        prepare_parts(scan_folder(tmp_path / "videos", 0.5), small_disk / "mine", "mine", ("rgb",), DATA)
     assert str(small_disk) in caught.value.where

@@ -13,7 +13,6 @@ from gkdcli.data.store import Store
 from gkdcli.errors import GkdError
 from gkdcli.evaluation.predict import Predictions, load_predictions, predict, save_predictions
 from gkdcli.tasks import recognition
-from gkdcli.tasks.recognition import predictor
 from tests.training.jobs import page, settle, store_of
 
 SETTINGS = page()
@@ -40,7 +39,7 @@ def network(dataset: ClipDataset):
 def run(dataset, network, batch_size, recipe="corrected", limit=None, ticks=None):
     return predict(
         dataset,
-        lambda clips: predictor(network, "rgb", recipe)(clips.double()),
+        lambda clips: network.time_logits(clips.double()),
         batch_size=batch_size,
         workers=0,
         device=torch.device("cpu"),
@@ -70,7 +69,7 @@ def test_predictions_are_those_of_the_test_views_in_order(dataset, network, stor
     for place in range(6):
         clip = normalise(dataset[place, 0, 0][0][None], SETTINGS.clips)
         with torch.no_grad():
-            alone = predictor(network, "rgb", "corrected")(clip.double())
+            alone = network.time_logits(clip.double())
         np.testing.assert_allclose(logits[place], alone[0].numpy(), rtol=0, atol=1e-6)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from gkdcli.losses.distill import classification_loss
 from gkdcli.models.attention import attend
-from gkdcli.tasks.recognition import build_network, predictor, supervised_terms
+from gkdcli.tasks.recognition import build_network, supervised_terms
 from gkdcli.training.noise import Noise
 from tests.training.jobs import page
 
@@ -99,10 +99,10 @@ def test_dropout_comes_from_the_samples_own_noise(clips):
 def test_evaluation_takes_the_attended_feature_but_for_official_flow(modality, recipe, attended):
     channels = 2 if modality == "flow" else 3
     torch.manual_seed(0)
-    network = build_network(page(), "student", 3, modality).eval()
+    network = build_network(page(recipe=recipe), "student", 3, modality).eval()
     clips = torch.randn(2, channels, 16, 32, 32)
     with torch.no_grad():
-        found = predictor(network, modality, recipe)(clips)
+        found = network.time_logits(clips)
         features = network.features(clips)
         feature = features["Mixed_5c"]
         if attended:  # per clip in every recipe

@@ -1,0 +1,103 @@
+"""`gkd prepare`: flags -> settings -> one pipeline call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gkdcli.cli.commands import app, execute, one_preset
+from gkdcli.cli.options import (
+    DATA_PANEL,
+    RUN_PANEL,
+    Flow,
+    PreparedModality,
+    PresetArgument,
+    PresetOption,
+    Shared,
+    shared_flags,
+)
+from gkdcli.errors import usage_error
+from gkdcli.result import Result
+from gkdcli.runs import Place
+from gkdcli.settings import MODALITIES
+
+
+@app.command("prepare")
+@shared_flags
+def prepare(
+    shared: Shared,
+    preset: PresetArgument = None,
+    videos: Annotated[
+        Path | None,
+        typer.Argument(metavar="VIDEOS", help="Folder of the videos; default: datasets/<dataset>/."),
+    ] = None,
+    preset_option: PresetOption = None,
+    modality: Annotated[
+        PreparedModality,
+        typer.Option(help="What is stored; both in one pass over each video.", rich_help_panel=DATA_PANEL),
+    ] = PreparedModality.rgb,
+    name: Annotated[
+        str | None,
+        typer.Option(help="Name of your own data set.", show_default=False, rich_help_panel=RUN_PANEL),
+    ] = None,
+    annotations: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="CSV or JSON list (video, class, perhaps subset), or a folder of published split lists.",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None,
+    from_frames: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Extracted images instead of videos: image_%05d.jpg, img_%05d.jpg, flow_{x,y}_%05d.jpg.",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None,
+    flow: Flow = None,
+    retry: Annotated[
+        bool,
+        typer.Option(
+            "--retry", help="Try rejected videos again even if unchanged.", rich_help_panel=RUN_PANEL
+        ),
+    ] = False,
+) -> None:
+    """Decodes videos into a store of frames, of optical flow, or both (HDF5)."""
+    if preset_option is not None and preset is not None and videos is None:
+        videos, preset = Path(preset), None  # `gkd prepare --preset ucf101 VIDEOS`
+    if videos is not None and from_frames is not None:
+        what = "videos and extracted images are both named"
+        raise usage_error(
+            what, f"argument VIDEOS {videos}, and --from-frames {from_frames}", "name one of them"
+        )
+    flags = {
+        "name": ("--name", name),
+        "dataset": ("--name", name),
+        "data.flow": ("--flow", flow.value if flow else None),
+    }
+    modalities = MODALITIES if modality == PreparedModality.both else (modality.value,)
+
+    def call(place: Place, *rest: Any) -> Result:
+        from gkdcli.pipeline.prepare import prepare
+
+        *others, console = rest
+        for other in others:
+            if other.settings.data != place.settings.data:
+                what = "rgb and flow have different [data] settings, so one pass cannot make both"
+                raise usage_error(what, "--modality both", "prepare one after the other")
+        return prepare(
+            place,
+            console,
+            modalities=modalities,
+            videos=videos,
+            frames=from_frames,
+            annotations=annotations,
+            retry=retry,
+            dry_run=shared.dry_run,
+        )
+
+    execute("prepare", shared, one_preset("prepare", preset, preset_option), flags, call, modalities)

@@ -1,0 +1,119 @@
+"""`gkd pretrain-attention` and `gkd distill`: flags -> settings -> one pipeline call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from gkdcli.cli.commands import app, execute, one_preset
+from gkdcli.cli.options import (
+    RUN_PANEL,
+    Backbone,
+    BatchSize,
+    Epochs,
+    Init,
+    LearningRate,
+    MaxSteps,
+    PresetArgument,
+    PresetOption,
+    Resume,
+    Shared,
+    shared_flags,
+)
+from gkdcli.console import Console
+from gkdcli.result import Result
+from gkdcli.runs import Place
+
+
+@app.command("pretrain-attention")
+@shared_flags
+def pretrain_attention(
+    shared: Shared,
+    preset: PresetArgument = None,
+    preset_option: PresetOption = None,
+    backbone: Backbone = None,
+    init: Init = None,
+    resume: Resume = False,
+    max_steps: MaxSteps = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+) -> None:
+    """Trains the teacher, its attention and its CVAE (phase 1)."""
+    _train(
+        "pretrain",
+        shared,
+        one_preset("pretrain-attention", preset, preset_option),
+        init,
+        epochs,
+        batch_size,
+        lr,
+        backbone=backbone,
+        resume=resume,
+        max_steps=max_steps,
+    )
+
+
+@app.command("distill")
+@shared_flags
+def distill(
+    shared: Shared,
+    preset: PresetArgument = None,
+    preset_option: PresetOption = None,
+    backbone: Backbone = None,
+    teacher: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="The teacher's run folder; default: the newest that fits.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = None,
+    init: Init = None,
+    resume: Resume = False,
+    max_steps: MaxSteps = None,
+    epochs: Epochs = None,
+    batch_size: BatchSize = None,
+    lr: LearningRate = None,
+) -> None:
+    """Trains the student to reproduce the teacher's generated features and attention (phase 2)."""
+    _train(
+        "distill",
+        shared,
+        one_preset("distill", preset, preset_option),
+        init,
+        epochs,
+        batch_size,
+        lr,
+        backbone=backbone,
+        teacher=teacher,
+        resume=resume,
+        max_steps=max_steps,
+    )
+
+
+def _train(
+    stage: str,
+    shared: Shared,
+    preset: str,
+    init: str | None,
+    epochs: int | None,
+    batch_size: int | None,
+    lr: float | None,
+    **request: Any,
+) -> None:
+    flags = {
+        "train.init": ("--init", init),
+        "optim.epochs": ("--epochs", epochs),
+        "optim.batch_size": ("--batch-size", batch_size),
+        "optim.learning_rate": ("--lr", lr),
+    }
+
+    def call(place: Place, console: Console) -> Result:
+        from gkdcli.pipeline.train import train
+
+        return train(place, console, stage, dry_run=shared.dry_run, **request)
+
+    execute(stage, shared, preset, flags, call)
