@@ -79,6 +79,7 @@ def describe(run: Run, network: Recognizer) -> dict[str, Any]:
         "recipe": record["recipe"],
         "method": record["method"],
         "first_weights": record["began"],
+        "imported": "imported" in record,
         "distilled_from": Path(teacher).name if teacher else None,
         "run": run.folder.name,
         "run_weights_sha256": weights,
@@ -161,12 +162,13 @@ def _readable(card: dict[str, Any]) -> str:
     scores = card["scores"] or {}
     told = ", ".join(f"{key} {value:.3f}" for key, value in scores.items()) or "not evaluated yet"
     origin = f", distilled from run {card['distilled_from']}" if card["distilled_from"] else ""
+    made = "Imported" if card["imported"] else "Trained"
     before, shape = card["preprocessing"], card["input"]["shape"]
     lines = [
         f"# {card['backbone']} for {card['dataset']} ({card['modality']})",
         "",
         f"{card['parameters']:,} parameters, {card['gmac']:.3g} GMAC per clip. Test videos: {told}.",
-        f"Trained by gkd {card['gkd']}, recipe {card['recipe']}{origin}."
+        f"{made} by gkd {card['gkd']}, recipe {card['recipe']}{origin}."
         f" First weights: {card['first_weights']}.",
         "",
         "## Input",

@@ -42,6 +42,31 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yields a temporary folder beside `path`; on success it takes the place of `path` and all in it.
+
+    A failure leaves `path` as it was. One process at a time: the caller holds a lock, and what a kill -9
+    left is swept here.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for stale in path.parent.glob(f".{path.name}.*.tmp"):
+        shutil.rmtree(stale)
+    temporary, before = (path.parent / f".{path.name}.{word}.tmp" for word in ("new", "old"))
+    try:
+        temporary.mkdir()
+        yield temporary
+        if path.exists():  # a folder cannot be renamed over another
+            os.rename(path, before)
+        os.rename(temporary, path)
+        _sync_folder(path.parent)
+    finally:
+        if before.exists() and not path.exists():
+            os.rename(before, path)
+        for rest in (temporary, before):
+            shutil.rmtree(rest, ignore_errors=True)
+
+
 def _sync_folder(folder: Path) -> None:
     handle = os.open(folder, os.O_RDONLY)
     try:

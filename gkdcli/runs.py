@@ -7,9 +7,10 @@ import json
 import os
 import shlex
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -84,9 +85,22 @@ class Place:
         """Imported or downloaded weights."""
         return self.root / "models" / self.settings.dataset
 
+    def entry(self, role: str) -> Path:
+        """Where imported weights of the `teacher` or the `student` lie, in a folder laid out like a run."""
+        split = "" if self.split == 1 else f"-split{self.split}"
+        return self.models / f"{role}-{self.modality}{split}"
+
     def command(self, verb: str, *extra: str) -> str:
         """`gkd <verb> <preset> ...` with the flags that lead back to this place."""
-        words = ["gkd", verb, self.preset or self.settings.name]
+        return shlex.join(["gkd", verb, self.preset or self.settings.name, *self._flags(), *extra])
+
+    def import_command(self, file: str, *extra: str) -> str:
+        """`gkd import <file> --dataset <preset> ...`, likewise."""
+        named = ["--dataset", self.preset or self.settings.name]
+        return shlex.join(["gkd", "import", file, *named, *self._flags(), *extra])
+
+    def _flags(self) -> list[str]:
+        words = []
         if self.modality != "rgb":
             words += ["--modality", self.modality]
         if self.split != 1:
@@ -97,7 +111,7 @@ class Place:
             for key in sorted(self.explicit & STORED):
                 value = getattr(self.settings.data, key.removeprefix("data."))
                 words += ["--set", f"{key}={value if isinstance(value, str) else toml_value(value)}"]
-        return shlex.join([*words, *extra])
+        return words
 
     def runs(self, stage: str) -> Path:
         """The folder that holds all runs of a stage."""
@@ -153,10 +167,23 @@ class Run:
         state = str(self.record["state"])
         return "interrupted" if state == "running" and not is_locked(self.folder / ".lock") else state
 
-    @property
+    @cached_property
     def settings(self) -> Settings:
         """The resolved settings it was started with."""
         return load_settings(self.folder / "settings.toml")
+
+    def is_of(self, classes: Sequence[str]) -> bool:
+        """Whether it tells these classes apart; imported weights may know only how many they are."""
+        known = self.record["classes"]
+        return bool(len(classes) == self.record["class_count"] if known is None else known == list(classes))
+
+    def take_names(self, classes: Sequence[str]) -> None:
+        """Gives imported weights the store's class names, where they came without."""
+        self.record["classes"] = self.record["classes"] or list(classes)
+
+    def is_of_other_store(self, fingerprint: str) -> bool:
+        """Whether it was trained on something else; of imported weights nobody knows."""
+        return self.record["store"]["fingerprint"] not in (None, fingerprint)
 
     def update(self, **fields: Any) -> None:
         """Changes fields of run.json, atomically."""
@@ -229,7 +256,7 @@ def newest_complete(
     """
     runs = all_runs(place, stage)
     for run in reversed(runs):
-        if run.state == "complete" and not _misfit(run, place, classes, method):
+        if run.state == "complete" and not misfit(run, place, classes, method):
             return run
     noun = "attention run" if stage == "pretrain" else "student"
     why = "nothing to distill from: " if flag == "--teacher" else ""
@@ -241,14 +268,14 @@ def newest_complete(
     )
 
 
-def _misfit(run: Run, place: Place, classes: list[str] | None, method: str | None) -> str:
+def misfit(run: Run, place: Place, classes: list[str] | None, method: str | None) -> str:
     """Why a run is none of those looked for; "" if it is."""
     record = run.record
     if record["split"] != place.split:
         return f"of split {record['split']}"
     if record["recipe"] != place.settings.recipe:
         return f"of recipe {record['recipe']}"
-    if classes not in (None, record["classes"]):
+    if classes is not None and not run.is_of(classes):
         return "of other classes than the store's"
     if method not in (None, record["method"]):
         return f"of method {record['method']}"
@@ -269,7 +296,7 @@ def _holdings(
     which = one if len(runs) == 1 else f"{len(runs)} runs; the newest, {newest.folder.name},"
     state, reached = newest.state, newest.record.get("progress", {})
     at = f" at epoch {reached['epoch']} of {reached['epochs']}" if reached and state != "complete" else ""
-    odd = "" if newest.damage else _misfit(newest, place, classes, method)
+    odd = "" if newest.damage else misfit(newest, place, classes, method)
     return f"holds {which} {_SAID.get(state, f'is {state}')}{at}{f' and is {odd}' if odd else ''}"
 
 
@@ -307,7 +334,9 @@ def open_run(path: Path) -> Run:
     """
     if not os.path.isfile(path / "run.json"):
         raise usage_error(
-            f"`{path}` is not a run folder", "no run.json in it", "run folders lie under runs/<preset>/"
+            f"`{path}` is not a run folder",
+            "no run.json in it",
+            "run folders lie under runs/<preset>/; `gkd import` makes one of a weights file",
         )
     run = Run(path)
     if run.damage:

@@ -280,6 +280,7 @@ STAGES = {
     "distill": "distill",
     "evaluate": "evaluate",
     "export": "export",
+    "import": "import",
 }
 CHANNELS = {"rgb": 3, "flow": 2}
 MODALITIES = tuple(CHANNELS)

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 
 from gkdcli.errors import GkdError
 from gkdcli.files import (
+    atomic_folder,
     atomic_path,
     digest,
     free_bytes,
@@ -226,3 +227,40 @@ def test_bytes_for_people(count: int, text: str) -> None:
 def test_digest_is_sha256(tmp_path: Path) -> None:
     (tmp_path / "a").write_bytes(b"abc")
     assert digest(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_folder_takes_the_place_of_the_old_one_whole(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "entry"
+    for text in ("old", "new"):
+        with atomic_folder(path) as folder:
+            assert not path.exists() or (path / "old").is_file()
+            (folder / text).touch()
+    assert [found.name for found in path.iterdir()] == ["new"]
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_that_fails_leaves_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, rename = tmp_path / "entry", os.rename
+    with atomic_folder(path) as folder:
+        (folder / "old").touch()
+    with pytest.raises(ValueError, match="halfway"), atomic_folder(path):
+        raise ValueError("halfway")
+
+    def refuses(source: Path, target: Path) -> None:
+        if target == path and ".new." in source.name:
+            raise OSError("no more")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuses)
+    with pytest.raises(OSError, match="no more"), atomic_folder(path) as folder:
+        (folder / "new").touch()
+    assert [found.name for found in path.iterdir()] == ["old"]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_of_a_folder_is_swept(tmp_path: Path) -> None:
+    (tmp_path / ".entry.new.tmp").mkdir()
+    (tmp_path / ".entry.new.tmp" / "half").touch()
+    with atomic_folder(tmp_path / "entry"):
+        pass
+    assert list((tmp_path / "entry").iterdir()) == []

@@ -57,7 +57,7 @@ def whole_app() -> Any:
     """The Typer app with all commands, in the order in which `--help` lists them."""
     from gkdcli.cli.commands import app
 
-    for module in ("preparing", "training", "scoring"):
+    for module in ("preparing", "training", "scoring", "importing"):
         importlib.import_module(f"gkdcli.cli.{module}")
     return app
 

@@ -60,7 +60,8 @@ class ProgressStyle(StrEnum):
     off = "off"
 
 
-def _complete_preset(incomplete: str) -> list[str]:
+def complete_preset(incomplete: str) -> list[str]:
+    """For the shell: the presets that begin so."""
     return [name for name in preset_names() if name.startswith(incomplete)]
 
 
@@ -68,14 +69,14 @@ PresetArgument = Annotated[
     str | None,
     typer.Argument(
         metavar="PRESET",
-        autocompletion=_complete_preset,
+        autocompletion=complete_preset,
         help="A preset, a path to a .toml, or the name of an existing store.",
     ),
 ]
 PresetOption = Annotated[
     str | None,
     typer.Option(
-        "--preset", metavar="PRESET", help="The same as the argument.", autocompletion=_complete_preset
+        "--preset", metavar="PRESET", help="The same as the argument.", autocompletion=complete_preset
     ),
 ]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import av
 import cv2
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from gkdcli.settings import DataSettings
 
 Bytes = NDArray[np.uint8]
+Frame = TypeVar("Frame")
 _LONGEST_SIDE_PX = 16384
 _TOLERATED = 0.1  # share of frames that may be damaged or missing
 _TURNS = {90: cv2.ROTATE_90_COUNTERCLOCKWISE, 180: cv2.ROTATE_180, 270: cv2.ROTATE_90_CLOCKWISE}
@@ -164,6 +165,19 @@ def stored_size(width: int, height: int, data: DataSettings) -> tuple[int, int]:
     return (short, long) if width < height else (long, short)
 
 
+def sampled(frames: Iterable[Frame], step: float) -> Iterator[Frame]:
+    """Keeps a frame whenever the count of frames since the last kept one reaches `step` (METHOD.md 7).
+
+    The remainder is carried; a step of 1 keeps all.
+    """
+    since_kept = 0.0
+    for frame in frames:
+        since_kept += 1
+        if since_kept >= step:
+            since_kept -= step
+            yield frame
+
+
 class VideoReader:
     """An open video; one thread, one frame in memory at a time.
 
@@ -232,9 +246,8 @@ class VideoReader:
     def pictures(self, data: DataSettings) -> Iterator[Picture]:
         """Yields upright, scaled frames, once.
 
-        With `data.fps` below the video's rate, a frame is kept whenever the count of frames since the
-        last kept one reaches their quotient; the remainder is carried (METHOD.md 7). `data.size` scales
-        bicubically, as the published arrays; `data.short_side` by area.
+        With `data.fps` below the video's rate, `sampled` chooses. `data.size` scales bicubically, as the
+        published arrays; `data.short_side` by area.
 
         Raises:
             BadVideo: more than a tenth of the video is damaged or missing. It is known at the end.
@@ -248,13 +261,8 @@ class VideoReader:
         turn = _TURNS.get(self.info.rotation)
         step = max(self.info.fps / data.fps, 1.0) if data.fps else 1.0
         scaler = av.video.reformatter.VideoReformatter()
-        since_kept = 0.0
         kept = 0
-        for frame in self._all_frames():
-            since_kept += 1
-            if since_kept < step:
-                continue
-            since_kept -= step
+        for frame in sampled(self._all_frames(), step):
             try:
                 picture: Bytes = scaler.reformat(
                     frame, *scaled, "bgr24", interpolation=interpolation, threads=1

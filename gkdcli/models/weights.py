@@ -1,11 +1,16 @@
-"""Weights: reading and writing files, loading by name and shape, public and official names (METHOD.md 1)."""
+"""Weights: reading and writing files, loading by name and shape."""
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import pickletools
+import re
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -14,30 +19,7 @@ from torch import Tensor, nn
 
 from gkdcli.errors import GkdError
 from gkdcli.files import atomic_path
-from gkdcli.models.i3d import ENDPOINTS
 
-# Official names on the left, ours on the right; the first match wins. {tap} is the tap's name.
-_OFFICIAL = (
-    ("backbone._model.logits.conv3d.", "classifier."),
-    ("backbone._model.", "backbone."),
-    ("deconv1.0.", "attention.Mixed_5c.squeeze."),
-    ("deconv1.1.", "attention.Mixed_5c.squeeze_norm."),
-    ("Att_Head_5c.0.conv1d.", "attention.Mixed_5c.expand."),
-    ("Att_Head_5c.1.", "attention.Mixed_5c.expand_norm."),
-    ("Att_Head_5c.3.", "attention.Mixed_5c.time."),
-    ("cencoder.con1.0.", "Mixed_5c.encoder.conv."),
-    ("cencoder.con1.1.", "Mixed_5c.encoder.norm."),
-    ("cencoder.fc", "Mixed_5c.encoder.fc"),
-    ("cdecoder.deconv.0.", "Mixed_5c.decoder.conv."),
-    ("cdecoder.deconv.1.", "Mixed_5c.decoder.norm."),
-    ("cdecoder.fc", "Mixed_5c.decoder.fc"),
-    ("cencoder_832.con2.0.", "Mixed_4f.encoder.conv."),
-    ("cencoder_832.con2.1.", "Mixed_4f.encoder.norm."),
-    ("cencoder_832.fc", "Mixed_4f.encoder.fc"),
-    ("cdecoder_832.deconv.0.", "Mixed_4f.decoder.conv."),
-    ("cdecoder_832.deconv.1.", "Mixed_4f.decoder.norm."),
-    ("cdecoder_832.fc", "Mixed_4f.decoder.fc"),
-)
 # What `torch.load` raises for damaged or foreign files, by kind of damage.
 _UNREADABLE = (
     pickle.UnpicklingError,
@@ -74,23 +56,32 @@ class Fit:
         return not (self.missing or self.unexpected or self.wrong_shape)
 
 
-def official_name(key: str) -> str | None:
-    """Our name for a tensor of the published recognition networks and CVAEs; None if it has none here.
-
-    Network keys map to `Recognizer`'s, CVAE keys to those of `build_cvae`'s dictionary.
-    """
-    for theirs, ours in _OFFICIAL:
-        if key.startswith(theirs):
-            return ours + key.removeprefix(theirs)
-    return None
-
-
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Reads a plain state dict from a .safetensors file or a PyTorch file, on the CPU.
 
     Raises:
-        GkdError: there is no such file, it is damaged, it needs arbitrary pickle, or holds other things
-            than tensors.
+        GkdError: see `read_file`; or it holds other things than tensors.
+    """
+    content = read_file(path)
+    for name, value in content.items():
+        if not (isinstance(name, str) and isinstance(value, Tensor)):
+            raise GkdError(
+                f"the weights file is no plain state dict: `{name}` is a {type(value).__name__}",
+                str(path),
+                _PLAIN,
+            )
+    return content
+
+
+def read_file(path: Path) -> dict[Any, Any]:
+    """The dictionary in a .safetensors file or a PyTorch file (zipped or older), tensors on the CPU.
+
+    Nothing in the file is executed. NumPy's arrays and numbers, as checkpoints hold them beside the tensors
+    (states of random generators, best scores), are passed over: stand-ins take their places.
+
+    Raises:
+        GkdError: there is no such file, it is damaged, it needs arbitrary pickle (the type is named), or
+            holds something else than a dictionary.
     """
     if not path.is_file():
         raise GkdError("there is no weights file", str(path), "check the path; a run folder is not a file")
@@ -101,33 +92,74 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         except (SafetensorError, OSError) as error:
             raise GkdError(f"the weights file is damaged ({error})", str(path), _AGAIN) from None
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_NUMPY):
             warnings.simplefilter("ignore")  # they advise programmers; what matters to users is raised below
             content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise GkdError(f"the weights file cannot be opened: {error.strerror}", str(path)) from None
     except _UNREADABLE as error:
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
-            raise GkdError(
-                "the weights file holds Python objects, which could run code; only tensors are read",
-                str(path),
-                "where it comes from, save its state dict alone: torch.save(model.state_dict(), FILE)",
-            ) from None
-        if "TorchScript" in str(error):
-            raise GkdError("the weights file is a TorchScript program", str(path), _PLAIN) from None
-        raise GkdError("the weights file is damaged, or is no weights file", str(path), _AGAIN) from None
+        raise _refusal(path, error) from None
     if not isinstance(content, dict):
         raise GkdError(
             f"the weights file holds a {type(content).__name__}, not a state dict", str(path), _PLAIN
         )
-    for name, value in content.items():
-        if not (isinstance(name, str) and isinstance(value, Tensor)):
-            raise GkdError(
-                f"the weights file is no plain state dict: `{name}` is a {type(value).__name__}",
-                str(path),
-                _PLAIN,
-            )
-    return dict(content)
+    return content
+
+
+class _Dropped:
+    """Stands where a file holds something of NumPy's; it takes anything and keeps nothing."""
+
+    def __init__(self, *given: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+# What checkpoints hold besides tensors, under NumPy's old and new names. Nothing of NumPy is called for it.
+_NUMPY: list[Any] = [
+    (_Dropped, name)
+    for name in (
+        "numpy.core.multiarray._reconstruct",
+        "numpy._core.multiarray._reconstruct",
+        "numpy.core.multiarray.scalar",
+        "numpy._core.multiarray.scalar",
+        "numpy.ndarray",
+        "numpy.dtype",
+        "_codecs.encode",  # how the older pickle writes an array's bytes
+    )
+]
+
+
+def _refusal(path: Path, error: Exception) -> GkdError:
+    """Why PyTorch would not read a file, for its user."""
+    text, where = str(error), str(path)
+    if "TorchScript" in text:
+        return GkdError("the weights file is a TorchScript program", where, _PLAIN)
+    named = re.search(r"GLOBAL ([\w.]+)", text)
+    if isinstance(error, pickle.UnpicklingError) and (named or "Unsupported" in text):
+        harmless = ("collections.OrderedDict",)
+        kind = named[1] if named else next((name for name in _imports(path) if name not in harmless), "")
+        return GkdError(
+            f"the weights file holds Python objects{f' (`{kind}`)' if kind else ''}, which could run code;"
+            " only tensors are read",
+            where,
+            "where it comes from, save its state dict alone: torch.save(model.state_dict(), FILE)",
+        )
+    return GkdError("the weights file is damaged, or is no weights file", where, _AGAIN)
+
+
+def _imports(path: Path) -> Iterator[str]:
+    """What a bare pickle would import, read from its instructions without following them."""
+    texts: list[str] = []
+    with open(path, "rb") as handle, contextlib.suppress(ValueError):
+        for instruction, value, _ in pickletools.genops(handle):
+            if instruction.name == "GLOBAL":
+                yield str(value).replace(" ", ".")
+            elif instruction.name == "STACK_GLOBAL":
+                yield ".".join(texts[-2:])
+            elif isinstance(value, str):
+                texts.append(value)
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -197,7 +229,7 @@ def require_fit(result: Fit, where: str, whom: str = "network") -> None:
     if result.wrong_shape:
         name, got, wanted = result.wrong_shape[0]
         first = f"{name} is {_times(got)}, the model wants {_times(wanted)}"
-        if name.endswith("Conv3d_1a_7x7.conv3d.weight") and {got[1], wanted[1]} == {2, 3}:
+        if name.endswith("Conv3d_1a_7x7.conv3d.weight") and {*got[1:2], wanted[1]} == {2, 3}:
             number, stream = ("three", "an rgb") if got[1] == 3 else ("two", "a flow")
             hint = f"{number} input channels mean {stream} checkpoint; try `--modality {stream.split()[1]}`"
     elif result.missing:
@@ -213,45 +245,6 @@ def require_fit(result: Fit, where: str, whom: str = "network") -> None:
 
 def _times(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a scalar"
-
-
-def load_backbone(network: nn.Module, path: Path) -> Fit:
-    """Starts a network's backbone from a public I3D file (`rgb_imagenet.pt` and its kind; METHOD.md 1).
-
-    The names may carry a common prefix (`module.`, `backbone.`, ...). The classifier is loaded where its
-    shape agrees; with another number of classes it keeps its fresh weights and is listed in `wrong_shape`.
-
-    Args:
-        network: with a sub-module `backbone` (I3D) and, for recognition, `classifier`.
-        path: the file.
-
-    Raises:
-        GkdError: the file cannot be read, is no I3D, or a tensor of the backbone does not fit.
-    """
-    tensors = load_tensors(path)
-    stem = f"{ENDPOINTS[0]}.conv3d.weight"
-    prefix = next((name.removesuffix(stem) for name in tensors if name.endswith(stem)), None)
-    if prefix is None:
-        first = next(iter(tensors), None)
-        raise GkdError(
-            f"nothing in these weights is an I3D backbone: no tensor is called `{stem}`",
-            f"{path}, {len(tensors)} tensors" + (f", the first is `{first}`" if first else ""),
-            "public files for I3D are called rgb_imagenet.pt and flow_imagenet.pt",
-        )
-    logits = f"{prefix}logits.conv3d."
-    blocks = tuple(f"{prefix}{endpoint}." for endpoint in ENDPOINTS)
-    result = fit(
-        network.get_submodule("backbone"),
-        {name: value for name, value in tensors.items() if name.startswith(blocks)},
-        prefix,
-    )
-    require_fit(result, str(path), "backbone")
-    if hasattr(network, "classifier"):
-        head = fit(network.get_submodule("classifier"), tensors, logits)
-        result.loaded += [f"classifier.{name}" for name in head.loaded]
-        result.wrong_shape += [(f"classifier.{name}", got, wanted) for name, got, wanted in head.wrong_shape]
-        result.missing += [f"classifier.{name}" for name in head.missing]
-    return result
 
 
 def init_student(student: nn.Module, teacher: nn.Module) -> Fit:

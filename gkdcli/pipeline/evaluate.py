@@ -15,10 +15,10 @@ from gkdcli.evaluation.fusion import fuse
 from gkdcli.evaluation.predict import Predictions, load_predictions, predict, save_predictions
 from gkdcli.evaluation.scores import check_requirements, class_scores, parse_requirement, recognition_scores
 from gkdcli.files import digest, write_json
-from gkdcli.pipeline.lookup import find_run, open_store, require_same_flow, split_videos
+from gkdcli.pipeline.lookup import find_run, newest, open_store, require_same_flow, split_videos
 from gkdcli.report import draw_confusion
 from gkdcli.result import Result, jsonable
-from gkdcli.runs import Place, Run, newest_complete
+from gkdcli.runs import Place, Run
 from gkdcli.tasks.trained import ROLE, chosen_device, rebuild, test_dataset
 
 Saved = Literal["never", "may", "must"]  # whether predictions in the run folder may be used
@@ -64,7 +64,7 @@ def evaluate(
     _require_like_stores(stores)
     flags = ["--rgb-run", "--flow-run"] if len(places) > 1 else ["--run"]
     found = [
-        find_run(place, console, model, run, store, flag)
+        find_run(place, console, model, run, store, flag, dry_run)
         for place, run, store, flag in zip(places, runs, stores, flags, strict=True)
     ]
     _require_fusible(places, console, stores, found)
@@ -229,6 +229,7 @@ def _scored(streams: Sequence[_Stream]) -> tuple[Predictions, dict[str, Any]]:
 
 
 def _sum(*values: float | None) -> float | None:
+    """None where one is unknown: of imported weights nobody knows how they were trained."""
     known = [value for value in values if value is not None]
     return sum(known) if len(known) == len(values) else None
 
@@ -273,7 +274,7 @@ def _comparison(places: Sequence[Place], console: Console, stores: Sequence[Stor
     rows: list[dict[str, Any]] = []
     for name, stage, method in _COMPARED:
         try:
-            runs = [newest_complete(place, stage, stores[0].classes, method) for place in places]
+            runs = [newest(place, console, stage, stores[0].classes, method) for place in places]
             for run, store in zip(runs, stores, strict=True):
                 require_same_flow(run, store)
         except GkdError:
@@ -284,6 +285,7 @@ def _comparison(places: Sequence[Place], console: Console, stores: Sequence[Stor
             for place, store, run in zip(places, stores, runs, strict=True)
         ]
         scores = _scored(streams)[1]
+        seconds = _sum(*(run.record["seconds"] for run in runs))
         teacher_gmac = rows[0]["gmac"] if rows else scores["gmac"]
         each = {f"{part['stream']}_top1": part["top1"] for part in scores.get("streams", [])[:-1]}
         rows.append(
@@ -295,8 +297,8 @@ def _comparison(places: Sequence[Place], console: Console, stores: Sequence[Stor
                 "parameters": scores["parameters"],
                 "gmac": scores["gmac"],
                 "compute": f"{scores['gmac'] / teacher_gmac:.0%}",
-                "steps": sum(run.record["progress"]["step"] for run in runs),
-                "training_seconds": round(sum(run.record["seconds"] for run in runs), 1),
+                "steps": _sum(*(run.record["progress"]["step"] for run in runs)),
+                "training_seconds": None if seconds is None else round(seconds, 1),
                 "run": ", ".join(str(run.folder) for run in runs),
             }
         )

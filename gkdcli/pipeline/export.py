@@ -24,7 +24,7 @@ def export(
 ) -> Result:
     """Writes a run's network with its card."""
     store = open_store(place)
-    run = find_run(place, console, model, run_path, store)
+    run = find_run(place, console, model, run_path, store, dry_run=dry_run)
     folder = out or place.root / "exports" / place.settings.name / f"{model}-{place.modality}"
     if dry_run:
         return Result({"run": str(run.folder), "formats": formats, "folder": str(folder)}, str(run.folder))

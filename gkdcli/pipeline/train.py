@@ -18,10 +18,10 @@ from gkdcli.evaluation.predict import predict
 from gkdcli.evaluation.scores import class_scores
 from gkdcli.files import free_bytes
 from gkdcli.models.cost import cost
+from gkdcli.models.foreign import load_backbone
 from gkdcli.models.layers import initialise
 from gkdcli.models.recognizer import Recognizer, build_cvae
-from gkdcli.models.weights import load_backbone
-from gkdcli.pipeline.lookup import open_store, require_same_flow, split_videos
+from gkdcli.pipeline.lookup import chosen, newest, open_store, require_same_flow, split_videos
 from gkdcli.report import draw_curves
 from gkdcli.result import Result
 from gkdcli.runs import (
@@ -29,7 +29,6 @@ from gkdcli.runs import (
     Place,
     Run,
     create_run,
-    newest_complete,
     newest_unfinished,
     open_run,
     relative_to_run,
@@ -40,6 +39,7 @@ from gkdcli.tasks import recognition
 from gkdcli.tasks.trained import (
     ROLE,
     chosen_device,
+    has_generators,
     rebuild,
     rebuild_generators,
     require_same_clip,
@@ -77,13 +77,13 @@ def train(
     run = newest_unfinished(place, stage) if resume else None
     if run is not None:
         place = replace(place, settings=resumed_settings(run, place))
-        if run.record["store"]["fingerprint"] != store.fingerprint:
+        if run.is_of_other_store(store.fingerprint):
             raise GkdError("the store has changed since this run began", str(run.folder), "start a new run")
         teacher = teacher or _recorded_teacher(run)
     settings = place.settings
     require_channels(settings.clips, CHANNELS[place.modality])
     videos, held = hold_out(store.videos, split_videos(store, place, "train"), settings.data.holdout)
-    teacher_run = _find_teacher(place, console, stage, store, teacher)
+    teacher_run = _find_teacher(place, console, stage, store, teacher, dry_run)
     plan = _plan(place, stage, len(store.classes), len(videos), len(held), max_steps, teacher_run)
     if dry_run:
         return Result(plan)
@@ -122,16 +122,23 @@ def train(
     return _trained(place, stage, run)
 
 
-def _find_teacher(place: Place, console: Console, stage: str, store: Store, given: Path | None) -> Run | None:
+def _find_teacher(
+    place: Place, console: Console, stage: str, store: Store, given: Path | None, dry_run: bool
+) -> Run | None:
     settings = place.settings
-    wanted = stage == "distill" and (settings.distill.method == "gkd" or settings.train.init == "teacher")
-    if not wanted:
+    distilled = stage == "distill" and settings.distill.method == "gkd"
+    if not distilled and not (stage == "distill" and settings.train.init == "teacher"):
         return None
-    found = open_run(given) if given else newest_complete(place, "pretrain", store.classes, flag="--teacher")
-    if found.record["stage"] != "pretrain" or found.record["classes"] != store.classes:
+    found = (
+        open_run(given)
+        if given
+        else newest(place, console, "pretrain", store.classes, flag="--teacher", dry_run=dry_run)
+    )
+    if found.record["stage"] != "pretrain" or not found.is_of(store.classes):
         raise GkdError(
             "this run is no teacher of these classes", str(found.folder), "name a pretrain-attention run"
         )
+    found.take_names(store.classes)
     if found.record["modality"] != place.modality:
         raise GkdError(
             f"the teacher is a {found.record['modality']} network",
@@ -140,11 +147,16 @@ def _find_teacher(place: Place, console: Console, stage: str, store: Store, give
         )
     require_same_clip(found, settings)
     require_same_flow(found, store)
-    if found.record["store"]["fingerprint"] != store.fingerprint:
+    if distilled and settings.distill.generative_weight and not has_generators(found):
+        raise GkdError(
+            "this teacher was imported without its CVAE, which generative distillation asks",
+            str(found.folder),
+            f"`{place.import_command('CVAE_FILE', '--model', 'teacher')}`,"
+            " or do without: `--set distill.generative_weight=0`",
+        )
+    if found.is_of_other_store(store.fingerprint):
         console.warn("the store has changed since the teacher was trained on it", str(found.folder))
-    console.note(
-        f"teacher: {found.folder}" + ("" if given else " (newest that fits; `--teacher PATH` names another)")
-    )
+    console.note(f"teacher: {found.folder}" + ("" if given else f" {chosen(found, '--teacher')}"))
     return found
 
 
@@ -173,7 +185,8 @@ def _build_networks(
         began = f"backbone from {backbone} ({len(found.loaded)} tensors)"
     if plain or teacher_run is None or teacher is None:
         return Networks(student, generators), began
-    return Networks(student, generators, teacher, rebuild_generators(teacher_run, teacher)), began
+    theirs = rebuild_generators(teacher_run, teacher) if has_generators(teacher_run) else None
+    return Networks(student, generators, teacher, theirs), began
 
 
 def _plan(

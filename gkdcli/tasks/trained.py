@@ -11,6 +11,7 @@ from gkdcli.data.clips import ClipDataset
 from gkdcli.data.store import Store
 from gkdcli.errors import GkdError, usage_error
 from gkdcli.models.cost import Cost, cost
+from gkdcli.models.foreign import open_weights
 from gkdcli.models.recognizer import Recognizer, build_cvae
 from gkdcli.models.weights import Fit, fit, init_student, load_tensors, require_fit
 from gkdcli.runs import Run
@@ -46,6 +47,11 @@ def rebuild_generators(run: Run, network: Recognizer) -> nn.ModuleDict:
 def has_attention(run: Run) -> bool:
     """All but the plain student have one."""
     return bool(run.record["method"] != "none")
+
+
+def has_generators(run: Run) -> bool:
+    """All trained teachers have their CVAE; an imported one may have come without."""
+    return bool(run.record.get("generators", True))
 
 
 def run_cost(run: Run) -> Cost:
@@ -113,9 +119,7 @@ def start_student(student: Recognizer, init: str, teacher: Recognizer | None, ro
                 f"there is nothing to start from at `{init}`", "--init", "scratch, teacher, or a path"
             )
         weights = Run(path).weights if path.is_dir() else path
-        tensors = load_tensors(weights)
-        prefix = "network." if any(name.startswith("network.") for name in tensors) else ""
-        found, source = fit(student, tensors, prefix), str(weights)
+        found, source = open_weights(weights).require_network().fit(student), str(weights)
         _require_backbone(found, source)
     fresh = len(found.missing) + len(found.wrong_shape)
     rest = f", {fresh} left fresh: {_first_names(found)}" if fresh else ""

@@ -42,6 +42,7 @@ OWN = {
         "--compare", "--rescore", "--require", "--output",
     },
     "export": {"--preset", "--format", "--model", "--run", "--out"},
+    "import": {"--preset", "--dataset", "--model"},
 }  # fmt: skip
 
 
@@ -54,7 +55,7 @@ def _flags(command: str) -> dict[str, Any]:
     return found
 
 
-def test_there_are_the_five_commands() -> None:
+def test_there_are_the_six_commands() -> None:
     group: Any = typer.main.get_command(whole_app())
     assert set(group.commands) == set(STAGES.values()) == set(OWN)
 

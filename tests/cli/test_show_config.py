@@ -37,7 +37,9 @@ def test_every_page_is_toml_with_an_origin_behind_each_value_and_nothing_is_open
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = (STAGES[stage], preset, "--modality", modality, "--show-config")
+    named = ("--dataset", preset) if stage == "import" else (preset,)  # its argument is the file
+    rest = ("--modality", modality, "--show-config")
+    words = (STAGES[stage], *named, *rest)
     outcome = gkd(*words).must()
     assert outcome.err == ""
     settings = Settings.model_validate(tomllib.loads(outcome.out))
@@ -48,7 +50,7 @@ def test_every_page_is_toml_with_an_origin_behind_each_value_and_nothing_is_open
     assert Settings.model_validate(document["result"]["settings"]) == settings
     assert document["result"]["origin"] == origins
     assert gkd("--json", *words).must().json == document
-    assert gkd(STAGES[stage], "--preset", preset, *words[2:]).must().out == outcome.out
+    assert gkd(STAGES[stage], "--preset", preset, *rest).must().out == outcome.out
     assert list(tmp_path.iterdir()) == []
 
 

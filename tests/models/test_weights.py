@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from gkdcli.errors import GkdError
+from gkdcli.models.foreign import load_backbone
 from gkdcli.models.i3d import I3D
 from gkdcli.models.recognizer import Recognizer
 from gkdcli.models.weights import (
     fit,
     init_student,
-    load_backbone,
     load_metadata,
     load_tensors,
     require_fit,

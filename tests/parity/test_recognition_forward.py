@@ -89,6 +89,8 @@ def test_cvae(who, channels):
     attention = torch.from_numpy(uniform)
     noise = torch.from_numpy(inputs.normal(seed + 2, figures[f"{entry}/eps_shape"]))
     other = torch.from_numpy(inputs.normal(seed + 3, figures[f"{entry}/inference_eps_shape"]))
+    latents = []
+    model.decoder.register_forward_pre_hook(lambda _, given: latents.append(given[0]))
     with torch.no_grad():
         result = model(feature, attention, noise)
         terms = cvae_loss(result, feature, attention, kl_weight=0.1)
@@ -97,6 +99,7 @@ def test_cvae(who, channels):
             for name, value in {
                 "means": result.mean,
                 "log_var": result.log_var,
+                "z": latents[0],
                 "recon": result.feature,
                 "inference_recon": model.generate(attention, other),
                 "loss_cvae": terms.reconstruction + terms.kl,

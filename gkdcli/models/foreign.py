@@ -1,0 +1,277 @@
+"""Weights of others: published checkpoints, public Kinetics files, our own; recognised by name and shape."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gkdcli.errors import GkdError
+from gkdcli.models.i3d import ENDPOINTS
+from gkdcli.models.weights import Fit, fit, read_file, require_fit
+
+_STEM = f"{ENDPOINTS[0]}.conv3d.weight"
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """How someone names the tensors of a network or of its CVAEs.
+
+    Args:
+        origin: whose names they are.
+        anchor: a tensor that every such file holds; what stands before it is the file's prefix.
+        names: beginnings, theirs and ours; the first that matches wins.
+    """
+
+    origin: str
+    anchor: str
+    names: tuple[tuple[str, str], ...]
+
+    def ours(self, name: str) -> str | None:
+        """Our name for one of theirs, the prefix taken off; None if it has none here."""
+        for theirs, ours in self.names:
+            if name.startswith(theirs):
+                return ours + name.removeprefix(theirs)
+        return None
+
+    def prefix(self, tensors: dict[str, Tensor]) -> str | None:
+        """What stands before the anchor (`module.`, `network.` or nothing); None where it is absent."""
+        for name in tensors:
+            if name == self.anchor or name.endswith(f".{self.anchor}"):
+                return name.removesuffix(self.anchor)
+        return None
+
+
+_NETWORKS = (
+    _Layout(
+        "published",
+        f"backbone._model.{_STEM}",
+        (
+            ("backbone._model.logits.conv3d.", "classifier."),
+            ("backbone._model.", "backbone."),
+            ("deconv1.0.", "attention.Mixed_5c.squeeze."),
+            ("deconv1.1.", "attention.Mixed_5c.squeeze_norm."),
+            ("Att_Head_5c.0.conv1d.", "attention.Mixed_5c.expand."),
+            ("Att_Head_5c.1.", "attention.Mixed_5c.expand_norm."),
+            ("Att_Head_5c.3.", "attention.Mixed_5c.time."),
+        ),
+    ),
+    _Layout(
+        "gkd",
+        f"backbone.{_STEM}",
+        (
+            ("backbone.logits.conv3d.", "classifier."),  # a public file under a common prefix
+            ("backbone.", "backbone."),
+            ("attention.", "attention."),
+            ("classifier.", "classifier."),
+        ),
+    ),
+    _Layout(
+        "public I3D",
+        _STEM,
+        (
+            ("logits.conv3d.", "classifier."),
+            *((f"{name}.", f"backbone.{name}.") for name in ENDPOINTS),
+        ),
+    ),
+)
+_GENERATORS = (
+    _Layout(
+        "published",
+        "cencoder.con1.0.weight",
+        (
+            ("cencoder.con1.0.", "Mixed_5c.encoder.conv."),
+            ("cencoder.con1.1.", "Mixed_5c.encoder.norm."),
+            ("cencoder.fc", "Mixed_5c.encoder.fc"),
+            ("cdecoder.deconv.0.", "Mixed_5c.decoder.conv."),
+            ("cdecoder.deconv.1.", "Mixed_5c.decoder.norm."),
+            ("cdecoder.fc", "Mixed_5c.decoder.fc"),
+            ("cencoder_832.con2.0.", "Mixed_4f.encoder.conv."),
+            ("cencoder_832.con2.1.", "Mixed_4f.encoder.norm."),
+            ("cencoder_832.fc", "Mixed_4f.encoder.fc"),
+            ("cdecoder_832.deconv.0.", "Mixed_4f.decoder.conv."),
+            ("cdecoder_832.deconv.1.", "Mixed_4f.decoder.norm."),
+            ("cdecoder_832.fc", "Mixed_4f.decoder.fc"),
+        ),
+    ),
+    _Layout(
+        "gkd",
+        "Mixed_5c.encoder.conv.weight",
+        tuple((f"{tap}.{half}.",) * 2 for tap in ("Mixed_5c", "Mixed_4f") for half in ("encoder", "decoder")),
+    ),
+)
+# Only the detection networks have these, and the kernels of their CVAEs fit 96 px (5c 3x3, 4f 6x6).
+_DETECTION = ("coarse_pyramid_detection.", "deconv2.", "Att_Head_4f.")
+_DETECTION_KERNELS = (3, 6)
+_KINDS = {(7, 3): "i3d", (1, 3): "top-i3d", (7, 1): "bottom-i3d", (1, 1): "i2d"}
+
+
+def official_name(key: str) -> str | None:
+    """Our name for a tensor of the published recognition networks and CVAEs; None if it has none here.
+
+    Network keys map to `Recognizer`'s, CVAE keys to those of `build_cvae`'s dictionary.
+    """
+    return _NETWORKS[0].ours(key) or _GENERATORS[0].ours(key)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The tensors of one network, or of its CVAEs, in a file.
+
+    Args:
+        origin: whose names the file uses: `published`, `public I3D` or `gkd`.
+        within: the entry of the file they lie in (`state_dict`), empty where it is the file itself.
+        tensors: under our names.
+        unknown: names in the same state dict that mean nothing here.
+    """
+
+    origin: str
+    within: str
+    tensors: dict[str, Tensor]
+    unknown: list[str]
+
+    def fit(self, module: nn.Module, part: str = "") -> Fit:
+        """Copies what fits into a module, see `weights.fit`; what is unknown counts as unexpected."""
+        result = fit(module, self.tensors, part)
+        if not part:
+            result.unexpected += self.unknown
+        return result
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a weights file holds; None for what it does not.
+
+    Args:
+        path: the file.
+        network: backbone, and attention and classifier where they are there.
+        generators: the CVAEs.
+        detection: it is a checkpoint of the published temporal detection.
+        names: of all tensors in it.
+    """
+
+    path: Path
+    network: Found | None
+    generators: Found | None
+    detection: bool
+    names: list[str]
+
+    def require_network(self) -> Found:
+        """The network.
+
+        Raises:
+            GkdError: none of these tensors belongs to an I3D.
+        """
+        if self.network is not None:
+            return self.network
+        first = f", the first is `{self.names[0]}`" if self.names else ""
+        raise GkdError(
+            f"nothing in these weights is an I3D backbone: no tensor is called `{_STEM}`",
+            f"{self.path}, {len(self.names)} tensors{first}",
+            "public files for I3D are called rgb_imagenet.pt and flow_imagenet.pt",
+        )
+
+
+def open_weights(path: Path) -> Contents:
+    """Reads a weights file of any origin.
+
+    Plain, under a common prefix (`module.` of DataParallel), or inside a dictionary with other things: of
+    its nested dictionaries the one is taken that has most names in common with ours.
+
+    Raises:
+        GkdError: see `weights.read_file`.
+    """
+    candidates = list(_state_dicts(read_file(path)))
+    network, generators = _best(candidates, _NETWORKS), _best(candidates, _GENERATORS)
+    names = [name for _, tensors in candidates for name in tensors]
+    detection = network is not None and any(name.startswith(_DETECTION) for name in network.unknown)
+    if generators is not None and generators.origin == "published":
+        detection = detection or (kernel(generators, "5c"), kernel(generators, "4f")) == _DETECTION_KERNELS
+    return Contents(path, network, generators, detection, names)
+
+
+def _state_dicts(
+    content: dict[Any, Any], within: str = "", seen: frozenset[int] = frozenset()
+) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    """Every dictionary with named tensors in it, and where it lies."""
+    tensors = {
+        name: value
+        for name, value in content.items()
+        if isinstance(name, str) and isinstance(value, Tensor) and value.layout is torch.strided
+    }
+    if tensors:
+        yield within, tensors
+    seen |= {id(content)}  # a file may well put a dictionary into itself
+    for name, value in content.items():
+        if isinstance(value, dict) and id(value) not in seen:
+            yield from _state_dicts(value, f"{within}.{name}" if within else str(name), seen)
+
+
+def _best(candidates: list[tuple[str, dict[str, Tensor]]], layouts: tuple[_Layout, ...]) -> Found | None:
+    """The candidate with most names that we know; the first of equals."""
+    found = [
+        _translate(tensors, within, layout, prefix)
+        for within, tensors in candidates
+        for layout in layouts
+        if (prefix := layout.prefix(tensors)) is not None
+    ]
+    return max(found, key=lambda one: len(one.tensors), default=None)
+
+
+def _translate(tensors: dict[str, Tensor], within: str, layout: _Layout, prefix: str) -> Found:
+    others = [other for other in (*_NETWORKS, *_GENERATORS) if other is not layout]
+    known, unknown = {}, []
+    for name, value in tensors.items():
+        ours = layout.ours(name.removeprefix(prefix)) if name.startswith(prefix) else None
+        if ours is not None:
+            known[ours] = value
+        # network and CVAE may share a dictionary, as in our own runs, where optimiser states lie there too
+        elif not (name.startswith("optim.") or any(_belongs(other, tensors, name) for other in others)):
+            unknown.append(name.removeprefix(prefix))
+    return Found(layout.origin, within, known, unknown)
+
+
+def _belongs(layout: _Layout, tensors: dict[str, Tensor], name: str) -> bool:
+    prefix = layout.prefix(tensors)
+    return prefix is not None and name.startswith(prefix) and bool(layout.ours(name.removeprefix(prefix)))
+
+
+def kernel(generators: Found, tap: str) -> int | None:
+    """Height of the kernel of the CVAE of `5c` or `4f`: the side of the feature that it was made for."""
+    weight = generators.tensors.get(f"Mixed_{tap}.encoder.conv.weight")
+    return weight.shape[3] if weight is not None and weight.ndim == 5 else None
+
+
+def backbone_kind(network: Found) -> str | None:
+    """Which of `i3d.KINDS` a network is, told from the time extents of two kernels; None if none."""
+    first = network.tensors[f"backbone.{_STEM}"]
+    last = network.tensors.get("backbone.Mixed_5c.b1b.conv3d.weight", first)
+    return _KINDS.get((first.shape[2], last.shape[2])) if first.ndim == last.ndim == 5 else None
+
+
+def load_backbone(network: nn.Module, path: Path) -> Fit:
+    """Starts a network's backbone from a file: public I3D (`rgb_imagenet.pt`), published, or ours.
+
+    The classifier is loaded where its shape agrees; with another number of classes it keeps its fresh
+    weights and is listed in `wrong_shape`.
+
+    Args:
+        network: with a sub-module `backbone` (I3D) and, for recognition, `classifier`.
+        path: the file.
+
+    Raises:
+        GkdError: the file cannot be read, is no I3D, or a tensor of the backbone does not fit.
+    """
+    found = open_weights(path).require_network()
+    result = found.fit(network.get_submodule("backbone"), "backbone.")
+    require_fit(result, str(path), "backbone")
+    if hasattr(network, "classifier"):
+        head = found.fit(network.get_submodule("classifier"), "classifier.")
+        result.loaded += [f"classifier.{name}" for name in head.loaded]
+        result.wrong_shape += [(f"classifier.{name}", got, wanted) for name, got, wanted in head.wrong_shape]
+        result.missing += [f"classifier.{name}" for name in head.missing]
+    return result
