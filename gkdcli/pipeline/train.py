@@ -18,9 +18,10 @@ from gkdcli.evaluation.predict import predict
 from gkdcli.evaluation.scores import class_scores
 from gkdcli.files import free_bytes
 from gkdcli.models.cost import cost
+from gkdcli.models.kinetics import start_backbone, told
 from gkdcli.models.layers import initialise
 from gkdcli.models.recognizer import Recognizer, build_cvae
-from gkdcli.models.weights import load_backbone
+from gkdcli.pipeline.download import fetch, weights_source
 from gkdcli.pipeline.lookup import open_store, require_same_flow
 from gkdcli.report import draw_curves
 from gkdcli.result import Result
@@ -55,7 +56,7 @@ def train(
     console: Console,
     stage: str,
     *,
-    backbone: Path | None,
+    backbone: str | None,
     resume: bool,
     max_steps: int | None,
     dry_run: bool,
@@ -67,7 +68,7 @@ def train(
         place: where, and with which settings.
         console: who is told.
         stage: `pretrain` or `distill`.
-        backbone: Kinetics weights to start the backbone from.
+        backbone: Kinetics weights to start the backbone from: a file, or an https address to download.
         resume: continue the newest unfinished run.
         max_steps: stop after so many steps.
         dry_run: only plan.
@@ -81,13 +82,16 @@ def train(
             raise GkdError("the store has changed since this run began", str(run.folder), "start a new run")
         teacher = teacher or _recorded_teacher(run)
     settings = place.settings
+    url, first_weights = weights_source(backbone, place) if backbone else (None, None)
     videos, held = hold_out(store.videos, store.split(place.split, "train"), settings.data.holdout)
     teacher_run = _find_teacher(place, console, stage, store, teacher)
     plan = _plan(place, stage, len(store.classes), len(videos), len(held), max_steps, teacher_run)
     if dry_run:
         return Result(plan)
     device = chosen_device(settings)
-    networks, began = _build_networks(place, stage, store, teacher_run, backbone)
+    if url and first_weights:
+        fetch(url, first_weights, console)
+    networks, began = _build_networks(place, stage, store, teacher_run, first_weights)
     dataset = ClipDataset(store, videos, settings.clips, settings.recipe, settings.train.seed)
     fabric = Fabric(accelerator=device.type, devices=1)
     if run is None:
@@ -168,8 +172,7 @@ def _build_networks(
     teacher = rebuild(teacher_run) if teacher_run else None
     began = start_student(student, settings.train.init, teacher, place.root)
     if backbone is not None:
-        found = load_backbone(student, backbone)
-        began = f"backbone from {backbone} ({len(found.loaded)} tensors)"
+        began = f"backbone from {backbone} ({told(start_backbone(student, backbone))})"
     if plain or teacher_run is None or teacher is None:
         return Networks(student, generators), began
     return Networks(student, generators, teacher, rebuild_generators(teacher_run, teacher)), began
