@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # becomes a folder's name
 
@@ -185,6 +185,11 @@ class DistillSettings(_Section):
     )
 
 
+def _number_as_text(value: Any) -> Any:
+    """`train.precision=32` needs no quotes."""
+    return str(value) if type(value) is int else value
+
+
 class TrainSettings(_Section):
     """How a run proceeds."""
 
@@ -208,6 +213,10 @@ class TrainSettings(_Section):
         ge=0,
         le=1024,
     )
+    precision: Annotated[Literal["32", "bf16"], BeforeValidator(_number_as_text)] = _setting(
+        "32", "of forward passes in training; losses, heads and evaluation are in float32 either way"
+    )
+    compile: bool = _setting(False, "backbones go through torch.compile in training; needs a C++ compiler")
     channels_last: Literal["auto", "on", "off"] = _setting(
         "auto", "backbones with channels innermost in memory; auto: below width 0.5, where CPUs gain by it"
     )

@@ -46,6 +46,7 @@ from gkdcli.tasks.trained import (
     require_same_clip,
     start_student,
 )
+from gkdcli.training.forward import Forward
 from gkdcli.training.schedule import Schedule, passes
 from gkdcli.training.steps import Networks
 from gkdcli.training.trainer import Job, Trainer
@@ -92,6 +93,7 @@ def train(
     if url and first_weights:
         fetch(url, first_weights, console)
     networks, began = _build_networks(place, stage, store, teacher_run, first_weights)
+    networks.forward = Forward(settings.train.precision, settings.train.compile, device)
     dataset = ClipDataset(store, videos, settings.clips, settings.recipe, settings.train.seed)
     fabric = Fabric(accelerator=device.type, devices=1)
     if run is None:
