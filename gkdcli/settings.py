@@ -214,7 +214,8 @@ class TrainSettings(_Section):
         le=1024,
     )
     precision: Annotated[Literal["32", "bf16"], BeforeValidator(_number_as_text)] = _setting(
-        "32", "of forward passes in training; losses, heads and evaluation are in float32 either way"
+        "32",
+        "of forward passes in training, bf16 on GPUs only; losses, heads and evaluation stay in float32",
     )
     compile: bool = _setting(False, "backbones go through torch.compile in training; needs a C++ compiler")
     channels_last: Literal["auto", "on", "off"] = _setting(

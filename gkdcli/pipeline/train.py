@@ -36,7 +36,7 @@ from gkdcli.runs import (
     relative_to_run,
     resumed_settings,
 )
-from gkdcli.settings import CHANNELS
+from gkdcli.settings import CHANNELS, Settings
 from gkdcli.tasks import recognition
 from gkdcli.tasks.trained import (
     ROLE,
@@ -93,7 +93,7 @@ def train(
     if url and first_weights:
         fetch(url, first_weights, console)
     networks, began = _build_networks(place, stage, store, teacher_run, first_weights)
-    networks.forward = Forward(settings.train.precision, settings.train.compile, device)
+    networks.forward = _forward(settings, device)
     dataset = ClipDataset(store, videos, settings.clips, settings.recipe, settings.train.seed)
     fabric = Fabric(accelerator=device.type, devices=1)
     if run is None:
@@ -178,6 +178,23 @@ def _build_networks(
     if plain or teacher_run is None or teacher is None:
         return Networks(student, generators), began
     return Networks(student, generators, teacher, rebuild_generators(teacher_run, teacher)), began
+
+
+def _forward(settings: Settings, device: torch.device) -> Forward:
+    """How networks are run.
+
+    Raises:
+        GkdError: bf16 on the CPU, or nothing can be compiled.
+    """
+    if settings.train.precision == "bf16" and device.type == "cpu":
+        # seen with PyTorch 2.14 on a CPU with AVX512-BF16: weight gradients of small 3D convolutions hold
+        # whatever was in memory, and some kernels write past their buffers
+        raise GkdError(
+            "PyTorch's bf16 gradients of 3D convolutions are wrong on the CPU",
+            "train.precision = bf16",
+            "`--set train.precision=32`, or train on a GPU",
+        )
+    return Forward(settings.train.precision, settings.train.compile, device)
 
 
 def _plan(
