@@ -15,7 +15,8 @@ from gkdcli.models.weights import Fit, fit, load_backbone, load_tensors, require
 # a tensor of each family that nothing else has; what stands before it is the file's prefix
 _RESNET, _S3D, _I3D = "layer1.0.conv1.0.", "features.0.0.0.weight", f"{ENDPOINTS[0]}.conv3d.weight"
 _HEADS = ("fc.", "classifier.1.")
-_PUBLIC = {
+# torchvision's files
+PUBLIC = {
     "r3d_18": "r3d_18-b3b3357e.pth",
     "mc3_18": "mc3_18-a90a0ba3.pth",
     "r2plus1d_18": "r2plus1d_18-91a641e6.pth",
@@ -75,8 +76,8 @@ def start_backbone(network: Recognizer, path: Path) -> Fit:
 def _other_kind(wanted: str, kind: str, tensors: dict[str, Tensor], path: Path) -> GkdError:
     first = next(iter(tensors), None)
     hints = []
-    if wanted in _PUBLIC:
-        hints.append(f"torchvision's file for {wanted} is called {_PUBLIC[wanted]}")
+    if wanted in PUBLIC:
+        hints.append(f"torchvision's file for {wanted} is called {PUBLIC[wanted]}")
     if kind:
         hints.append(f"`--set model.teacher={kind}` (or model.student) builds a backbone for this one")
     return GkdError(

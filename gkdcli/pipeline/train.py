@@ -18,7 +18,7 @@ from gkdcli.evaluation.predict import predict
 from gkdcli.evaluation.scores import class_scores
 from gkdcli.files import free_bytes
 from gkdcli.models.cost import cost
-from gkdcli.models.kinetics import start_backbone, told
+from gkdcli.models.kinetics import PUBLIC, start_backbone, told
 from gkdcli.models.layers import initialise
 from gkdcli.models.recognizer import Recognizer, build_cvae
 from gkdcli.pipeline.download import fetch, weights_source
@@ -100,11 +100,11 @@ def train(
         run = create_run(place, stage, _record(place, store, held, teacher_run, began, plan))
         console.note(f"run {run.folder}: {began}, {plan['steps']} steps on {device.type}")
         if stage == "pretrain" and settings.recipe == "official" and began == "from scratch":
-            file = "rgb_imagenet.pt" if place.modality == "rgb" else "flow_imagenet.pt"
+            file = PUBLIC.get(settings.model.teacher, f"{place.modality}_imagenet.pt")
             console.warn(
                 "this teacher starts from scratch; the paper's starts from Kinetics weights",
                 "no --backbone was given",
-                f"`{place.command('pretrain-attention', '--backbone', file)}` with the public I3D file",
+                f"`{place.command('pretrain-attention', '--backbone', file)}` with the public file",
             )
     held_set = ClipDataset(store, held, settings.clips, settings.recipe, seed=None)
     job = Job(

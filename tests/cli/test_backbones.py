@@ -12,9 +12,14 @@ from torchvision.models import video
 
 from tests.conftest import borrow
 
-PAGE = ("--set", "model.teacher=s3d", "--set", "model.student=mc3_18", "--batch-size", 4, "--set")
-# the checkpoints of these networks take hundreds of MB each; one epoch of 72 drawn videos is 18 steps
-ONE = (*PAGE, "data.holdout=0", "--epochs", 1)
+CHANGES = (
+    "model.teacher=s3d",
+    "model.student=mc3_18",
+    "optim.batch_size=4",
+    "optim.epochs=1",
+    "data.holdout=0",
+)
+ONE = tuple(word for change in CHANGES for word in ("--set", change))  # an epoch of 72 drawn videos: 18 steps
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,8 @@
 """training.forward: how far bf16, torch.compile and channels innermost are from float32.
 
-Features are compared in trained networks. A fresh, narrow one normalises all but equal values, which magnifies
-any rounding: its features move by tenths in bf16, its losses do not. On the CPU only forward passes are tried
-in bf16: gradients are wrong there, and training refuses it.
+Features are compared in trained networks. A fresh, narrow one normalises all but equal values, which
+magnifies any rounding: its features move by tenths in bf16, its losses do not. On the CPU only forward passes
+are tried in bf16: gradients are wrong there, and training refuses it.
 """
 
 from __future__ import annotations
