@@ -44,7 +44,7 @@ def clips() -> Tensor:
 
 def distance(found: Tensor, wanted: Tensor) -> float:
     """Root mean square of the difference, relative."""
-    return float((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt())
+    return float(((found - wanted).square().mean().sqrt() / wanted.square().mean().sqrt()).detach())
 
 
 def in_play(pair: tuple[str, str], **changes) -> tuple:
