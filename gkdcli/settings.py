@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9._-]*$"  # becomes a folder's name
 
@@ -115,16 +115,22 @@ class ClipSettings(_Section):
     )
 
 
-Backbone = Literal["i3d", "top-i3d", "bottom-i3d", "i2d"]
+VideoTrunk = Literal["r3d_18", "mc3_18", "r2plus1d_18", "s3d"]
+Backbone = Literal["i3d", "top-i3d", "bottom-i3d", "i2d", VideoTrunk]
 
 
 class ModelSettings(_Section):
-    """The two networks, out of one builder (METHOD.md 1)."""
+    """The two networks (METHOD.md 1), or torchvision's video networks in their place."""
 
     teacher: Backbone = _setting("i3d", "backbone of the teacher")
     student: Backbone = _setting("top-i3d", "backbone of the student")
     width: float = _setting(
-        1.0, "multiplies every channel count, for small machines", "factor", ge=0.0625, le=2.0
+        1.0,
+        "multiplies every channel count, for small machines; of r3d_18, mc3_18, r2plus1d_18 and s3d the tap's"
+        " and the head's alone",
+        "factor",
+        ge=0.0625,
+        le=2.0,
     )
     dropout: float = _setting(0.5, "dropout before the classifier", "probability", ge=0.0, lt=1.0)
     bn_momentum: float = _setting(
@@ -179,6 +185,11 @@ class DistillSettings(_Section):
     )
 
 
+def _number_as_text(value: Any) -> Any:
+    """`train.precision=32` needs no quotes."""
+    return str(value) if type(value) is int else value
+
+
 class TrainSettings(_Section):
     """How a run proceeds."""
 
@@ -201,6 +212,14 @@ class TrainSettings(_Section):
         "threads",
         ge=0,
         le=1024,
+    )
+    precision: Annotated[Literal["32", "bf16"], BeforeValidator(_number_as_text)] = _setting(
+        "32",
+        "of forward passes in training, bf16 on GPUs only; losses, heads and evaluation stay in float32",
+    )
+    compile: bool = _setting(False, "backbones go through torch.compile in training; needs a C++ compiler")
+    channels_last: Literal["auto", "on", "off"] = _setting(
+        "auto", "backbones with channels innermost in memory; auto: below width 0.5, where CPUs gain by it"
     )
     checkpoint_minutes: float = _setting(
         10.0, "a checkpoint is also written this often within an epoch", "minutes", gt=0.0
@@ -270,6 +289,12 @@ class Settings(_Section):
                 " in detection and needs 1",
                 "optim.accumulation makes larger steps",
             )
+        for role, kind in (("teacher", self.model.teacher), ("student", self.model.student)):
+            if self.task == "detection" and kind in get_args(VideoTrunk):
+                raise ValueError(
+                    f"model.{role} is {kind}, which has no tap Mixed_4f; the detector needs it",
+                    "use i3d, top-i3d, bottom-i3d or i2d",
+                )
         return self
 
 

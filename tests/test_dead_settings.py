@@ -196,7 +196,7 @@ def checkpoints(house: House, sets: list[str]) -> int:
 
 
 def where_it_runs(house: House, sets: list[str]) -> tuple[int, bool]:
-    """Without CUDA it is refused, with CUDA said."""
+    """Without CUDA it is refused, with CUDA said; bf16 is refused on the CPU."""
     outcome = house.train(sets, house.root())
     return outcome.code, "steps on cpu" in outcome.err
 
@@ -209,6 +209,20 @@ def threads(house: House, sets: list[str]) -> int:
         return torch.get_num_threads()
     finally:
         torch.set_num_threads(before)
+
+
+def compiled(house: House, sets: list[str]) -> int:
+    """How many functions PyTorch is asked to compile; compiling them takes minutes, so it is left out."""
+    asked = []
+
+    def watched(function: Any, **_: Any) -> Any:
+        asked.append(function)
+        return function
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "compile", watched)
+        house.train(sets, house.root()).must()
+    return len(asked)
 
 
 def batches_of_evaluation(house: House, sets: list[str]) -> set[int]:
@@ -319,6 +333,9 @@ ROWS = [
     Row("train.device", "cuda", where_it_runs, ("train.device=cpu",)),
     Row("train.workers", "1", processes("distill")),
     Row("train.threads", "2", threads, ("train.threads=1",)),
+    Row("train.precision", "bf16", where_it_runs, ("train.device=cpu",)),
+    Row("train.compile", "true", compiled),
+    Row("train.channels_last", "off", weights),
     Row("train.checkpoint_minutes", "1e-9", checkpoints),
     Row("eval.batch_size", "5", batches_of_evaluation),
     Row("eval.fusion_weights", "[1, 0]", fused_scores),

@@ -96,8 +96,12 @@ class Format(StrEnum):
 
 
 Backbone = Annotated[
-    Path | None,
-    typer.Option(metavar="FILE", help="Kinetics weights of the backbone.", rich_help_panel=RUN_PANEL),
+    str | None,
+    typer.Option(
+        metavar="FILE|URL",
+        help="Kinetics weights of the backbone; an https address is downloaded into models/ first.",
+        rich_help_panel=RUN_PANEL,
+    ),
 ]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Continue the newest unfinished run.", rich_help_panel=RUN_PANEL)

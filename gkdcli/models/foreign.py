@@ -15,6 +15,8 @@ from gkdcli.models.i3d import ENDPOINTS
 from gkdcli.models.weights import Fit, fit, read_file, require_fit
 
 _STEM = f"{ENDPOINTS[0]}.conv3d.weight"
+# tensors that only torchvision's video networks have; the residual ones share their first
+_RESNET, _RESNET_STEM, _S3D = "layer1.0.conv1.0.", "stem.0.weight", "features.0.0.0.weight"
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,20 @@ _NETWORKS = (
             ("classifier.", "classifier."),
         ),
     ),
+    *(
+        _Layout(
+            "gkd",
+            f"backbone.{anchor}",
+            tuple((f"{part}.", f"{part}.") for part in ("backbone", "attention", "classifier")),
+        )
+        for anchor in (_RESNET_STEM, _S3D)
+    ),
+    _Layout(
+        "torchvision",
+        _RESNET_STEM,
+        tuple((f"{part}.", f"backbone.{part}.") for part in ("stem", "layer1", "layer2", "layer3", "layer4")),
+    ),
+    _Layout("torchvision", _S3D, (("features.", "backbone.features."), ("classifier.1.", "classifier."))),
     _Layout(
         "public I3D",
         _STEM,
@@ -185,7 +201,7 @@ def open_weights(path: Path) -> Contents:
     Raises:
         GkdError: see `weights.read_file`.
     """
-    candidates = list(_state_dicts(read_file(path)))
+    candidates = list(state_dicts(read_file(path)))
     network, generators = _best(candidates, _NETWORKS), _best(candidates, _GENERATORS)
     names = [name for _, tensors in candidates for name in tensors]
     detection = network is not None and any(name.startswith(_DETECTION) for name in network.unknown)
@@ -194,7 +210,7 @@ def open_weights(path: Path) -> Contents:
     return Contents(path, network, generators, detection, names)
 
 
-def _state_dicts(
+def state_dicts(
     content: dict[Any, Any], within: str = "", seen: frozenset[int] = frozenset()
 ) -> Iterator[tuple[str, dict[str, Tensor]]]:
     """Every dictionary with named tensors in it, and where it lies."""
@@ -208,7 +224,7 @@ def _state_dicts(
     seen |= {id(content)}  # a file may well put a dictionary into itself
     for name, value in content.items():
         if isinstance(value, dict) and id(value) not in seen:
-            yield from _state_dicts(value, f"{within}.{name}" if within else str(name), seen)
+            yield from state_dicts(value, f"{within}.{name}" if within else str(name), seen)
 
 
 def _best(candidates: list[tuple[str, dict[str, Tensor]]], layouts: tuple[_Layout, ...]) -> Found | None:
@@ -246,9 +262,39 @@ def kernel(generators: Found, tap: str) -> int | None:
     return weight.shape[3] if weight is not None and weight.ndim == 5 else None
 
 
+def looks_like(tensors: dict[str, Tensor]) -> tuple[str, str]:
+    """The kind of network these names and shapes are of, and the prefix of its tensors' names.
+
+    Returns:
+        kind: one of `TRUNKS`, `i3d` for I3D or a sibling, or "" for anything else.
+        prefix: `module.`, `network.backbone.` or the like, usually empty.
+    """
+    for name in tensors:
+        for anchor in (_S3D, _STEM):
+            if name == anchor or name.endswith(f".{anchor}"):
+                return ("s3d" if anchor == _S3D else "i3d"), name.removesuffix(anchor)
+        start, found, _ = name.partition(_RESNET)
+        if found and (not start or start.endswith(".")):
+            # past its first layer mc3 sees one frame at a time; r2plus1d takes two convolutions for one
+            if f"{start}{_RESNET}0.weight" in tensors:
+                return "r2plus1d_18", start
+            later = tensors.get(f"{start}layer2.0.conv1.0.weight")
+            if later is not None and later.ndim == 5:
+                return ("mc3_18" if later.shape[2] == 1 else "r3d_18"), start
+    return "", ""
+
+
+def first_kernel(network: Found) -> Tensor:
+    """The weight that meets the clip, (C, channels, time, height, width)."""
+    names = (f"backbone.{name}" for name in (_STEM, _RESNET_STEM, _S3D))
+    return next(network.tensors[name] for name in names if name in network.tensors)
+
+
 def backbone_kind(network: Found) -> str | None:
-    """Which of `i3d.KINDS` a network is, told from the time extents of two kernels; None if none."""
-    first = network.tensors[f"backbone.{_STEM}"]
+    """Which backbone a network has: of `i3d.KINDS` (by the time extents of two kernels) or torchvision's."""
+    first = network.tensors.get(f"backbone.{_STEM}")
+    if first is None:
+        return looks_like(network.tensors)[0] or None
     last = network.tensors.get("backbone.Mixed_5c.b1b.conv3d.weight", first)
     return _KINDS.get((first.shape[2], last.shape[2])) if first.ndim == last.ndim == 5 else None
 

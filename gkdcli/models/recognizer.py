@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gkdcli.models.attention import Attention, attend
 from gkdcli.models.cvae import CVAE
-from gkdcli.models.i3d import I3D, tap_shape
+from gkdcli.models.i3d import I3D, layout_of, tap_shape
 from gkdcli.models.layers import scaled
+from gkdcli.models.video_backbones import TRUNKS, VideoBackbone
 
 
 class Recognizer(nn.Module):
     """Names the action of a clip; teacher and student differ in `kind` only.
 
     Args:
-        kind: of the backbone, one of `i3d.KINDS`.
+        kind: of the backbone, one of `i3d.KINDS` or `video_backbones.TRUNKS`.
         classes: how many.
         length: frames of a clip, at least 16.
         crop: side of the picture in pixels.
         channels: 3 for rgb, 2 for flow.
-        width: multiplies every channel count.
+        width: multiplies every channel count; of torchvision's networks the tap's and the head's alone.
         dropout: probability before the classifier, for `dropout_shape`'s user; nothing is drawn here.
         attention: False for the plain student.
         bn_momentum: share of each batch in batch norm's running statistics.
         scores_attended: False where evaluation takes the plain feature although there is an attention
             (flow in recipe `official`, METHOD.md 6).
+        channels_last: whether the backbone's channels are innermost in memory; auto: where CPUs gain by it.
     """
 
     taps = ("Mixed_5c",)
@@ -43,6 +47,7 @@ class Recognizer(nn.Module):
         attention: bool = True,
         bn_momentum: float = 0.01,
         scores_attended: bool = True,
+        channels_last: Literal["auto", "on", "off"] = "auto",
     ) -> None:
         super().__init__()
         self.scores_attended = scores_attended
@@ -51,7 +56,12 @@ class Recognizer(nn.Module):
             "the classifier averages pairs of time steps: 16 frames at least"
         )
         self.dropout = dropout
-        self.backbone = I3D(kind, channels, width)
+        self.backbone: I3D | VideoBackbone
+        if kind in TRUNKS:  # of full width, whatever the tap's
+            layout = layout_of(channels_last, 1.0)
+            self.backbone = VideoBackbone(kind, channels, self.shapes["Mixed_5c"], layout)
+        else:
+            self.backbone = I3D(kind, channels, width, layout_of(channels_last, width))
         for module in self.backbone.modules():
             if isinstance(module, nn.BatchNorm3d):
                 module.momentum = bn_momentum

@@ -247,16 +247,18 @@ def _times(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a scalar"
 
 
-def init_student(student: nn.Module, teacher: nn.Module) -> Fit:
+def init_student(student: nn.Module, teacher: nn.Module, backbone: bool = True) -> Fit:
     """Starts a student from its teacher: backbone, attention and classifier alike (METHOD.md 9).
 
     Tensors of equal shape are copied. Where only the time extent of a kernel differs and the student's is 1,
     the teacher's is summed over time: on a clip that stands still both compute the same, away from its ends.
     A kernel longer in time than the teacher's stays fresh and is listed in `wrong_shape`, what the teacher
-    lacks in `missing`; what the student lacks is no concern.
+    lacks in `missing`; what the student lacks is no concern. Without `backbone` that stays fresh altogether.
     """
     wanted = student.state_dict()
-    tensors = {name: value for name, value in teacher.state_dict().items() if name in wanted}
+    shared = (name for name in wanted if backbone or not name.startswith("backbone."))
+    theirs = teacher.state_dict()
+    tensors = {name: theirs[name] for name in shared if name in theirs}
     deflated = []
     for name, value in tensors.items():
         if value.ndim == 5 and value.shape != wanted[name].shape:

@@ -17,7 +17,7 @@ from gkdcli.data.store import Store
 from gkdcli.errors import GkdError, usage_error
 from gkdcli.files import atomic_folder, digest, locked, write_text
 from gkdcli.models.cost import cost
-from gkdcli.models.foreign import Contents, Found, backbone_kind, kernel, open_weights
+from gkdcli.models.foreign import Contents, Found, backbone_kind, first_kernel, kernel, open_weights
 from gkdcli.models.i3d import TAP_STRIDES
 from gkdcli.models.recognizer import Recognizer, build_cvae
 from gkdcli.models.weights import Fit, load_tensors, require_fit, save_tensors
@@ -117,7 +117,8 @@ def _plan_network(place: Place, contents: Contents, found: Found, model: str | N
     plain = role == "student" and found.origin == "gkd" and not _holds(found, "attention.")
     network = recognition.build_network(settings, role, classes, place.modality, not plain)
     fitted = found.fit(network)
-    odd = [name for name in fitted.missing if name.startswith("backbone.")]
+    # the unit between torchvision's trunk and the tap is ours, so their files lack it
+    odd = [name for name in fitted.missing if name.startswith("backbone.") and ".to_tap." not in name]
     shapes = [given for given in fitted.wrong_shape if given[0].startswith("backbone.")]
     require_fit(Fit(fitted.loaded, odd, [], shapes), str(file), f"{place.modality} {role}")
     report = _report(contents, found, fitted, network) | {"role": role, "backbone": network.backbone.kind}
@@ -194,7 +195,7 @@ def _role_by_kind(place: Place, contents: Contents, found: Found, model: str | N
     wanted = " or ".join(f"{kinds[role]} ({role})" for role in kinds if model in (None, role))
     raise GkdError(
         f"the backbone in these weights is {kind or 'of no known kind'}, not {wanted}",
-        f"{contents.path}, by the time extents of its kernels",
+        f"{contents.path}, by the names and time extents of its kernels",
         "`--set model.student=KIND` or `--set model.teacher=KIND` changes what is expected"
         if model is None
         else "drop `--model`, or name another file",
@@ -225,7 +226,7 @@ def _role_of_generators(
 
 
 def _require_modality(place: Place, contents: Contents, found: Found) -> None:
-    channels = found.tensors["backbone.Conv3d_1a_7x7.conv3d.weight"].shape[1]
+    channels = first_kernel(found).shape[1]
     modality = next((name for name, count in CHANNELS.items() if count == channels), None)
     if modality != place.modality:
         raise GkdError(

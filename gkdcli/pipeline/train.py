@@ -18,9 +18,10 @@ from gkdcli.evaluation.predict import predict
 from gkdcli.evaluation.scores import class_scores
 from gkdcli.files import free_bytes
 from gkdcli.models.cost import cost
-from gkdcli.models.foreign import load_backbone
+from gkdcli.models.kinetics import PUBLIC, start_backbone, told
 from gkdcli.models.layers import initialise
 from gkdcli.models.recognizer import Recognizer, build_cvae
+from gkdcli.pipeline.download import fetch, weights_source
 from gkdcli.pipeline.lookup import chosen, newest, open_store, require_same_flow, split_videos
 from gkdcli.report import draw_curves
 from gkdcli.result import Result
@@ -34,7 +35,7 @@ from gkdcli.runs import (
     relative_to_run,
     resumed_settings,
 )
-from gkdcli.settings import CHANNELS
+from gkdcli.settings import CHANNELS, Settings
 from gkdcli.tasks import recognition
 from gkdcli.tasks.trained import (
     ROLE,
@@ -45,6 +46,7 @@ from gkdcli.tasks.trained import (
     require_same_clip,
     start_student,
 )
+from gkdcli.training.forward import Forward
 from gkdcli.training.schedule import Schedule, passes
 from gkdcli.training.steps import Networks
 from gkdcli.training.trainer import Job, Trainer
@@ -55,7 +57,7 @@ def train(
     console: Console,
     stage: str,
     *,
-    backbone: Path | None,
+    backbone: str | None,
     resume: bool,
     max_steps: int | None,
     dry_run: bool,
@@ -67,7 +69,7 @@ def train(
         place: where, and with which settings.
         console: who is told.
         stage: `pretrain` or `distill`.
-        backbone: Kinetics weights to start the backbone from.
+        backbone: Kinetics weights to start the backbone from: a file, or an https address to download.
         resume: continue the newest unfinished run.
         max_steps: stop after so many steps.
         dry_run: only plan.
@@ -81,6 +83,7 @@ def train(
             raise GkdError("the store has changed since this run began", str(run.folder), "start a new run")
         teacher = teacher or _recorded_teacher(run)
     settings = place.settings
+    url, first_weights = weights_source(backbone, place) if backbone else (None, None)
     require_channels(settings.clips, CHANNELS[place.modality])
     videos, held = hold_out(store.videos, split_videos(store, place, "train"), settings.data.holdout)
     teacher_run = _find_teacher(place, console, stage, store, teacher, dry_run)
@@ -88,18 +91,21 @@ def train(
     if dry_run:
         return Result(plan)
     device = chosen_device(settings)
-    networks, began = _build_networks(place, stage, store, teacher_run, backbone)
+    if url and first_weights:
+        fetch(url, first_weights, console)
+    networks, began = _build_networks(place, stage, store, teacher_run, first_weights)
+    networks.forward = _forward(settings, device)
     dataset = ClipDataset(store, videos, settings.clips, settings.recipe, settings.train.seed)
     fabric = Fabric(accelerator=device.type, devices=1)
     if run is None:
         run = create_run(place, stage, _record(place, store, held, teacher_run, began, plan))
         console.note(f"run {run.folder}: {began}, {plan['steps']} steps on {device.type}")
         if stage == "pretrain" and settings.recipe == "official" and began == "from scratch":
-            file = "rgb_imagenet.pt" if place.modality == "rgb" else "flow_imagenet.pt"
+            file = PUBLIC.get(settings.model.teacher, f"{place.modality}_imagenet.pt")
             console.warn(
                 "this teacher starts from scratch; the paper's starts from Kinetics weights",
                 "no --backbone was given",
-                f"`{place.command('pretrain-attention', '--backbone', file)}` with the public I3D file",
+                f"`{place.command('pretrain-attention', '--backbone', file)}` with the public file",
             )
     held_set = ClipDataset(store, held, settings.clips, settings.recipe, seed=None)
     job = Job(
@@ -181,12 +187,28 @@ def _build_networks(
     teacher = rebuild(teacher_run) if teacher_run else None
     began = start_student(student, settings.train.init, teacher, place.root)
     if backbone is not None:
-        found = load_backbone(student, backbone)
-        began = f"backbone from {backbone} ({len(found.loaded)} tensors)"
+        began = f"backbone from {backbone} ({told(start_backbone(student, backbone))})"
     if plain or teacher_run is None or teacher is None:
         return Networks(student, generators), began
     theirs = rebuild_generators(teacher_run, teacher) if has_generators(teacher_run) else None
     return Networks(student, generators, teacher, theirs), began
+
+
+def _forward(settings: Settings, device: torch.device) -> Forward:
+    """How networks are run.
+
+    Raises:
+        GkdError: bf16 on the CPU, or nothing can be compiled.
+    """
+    if settings.train.precision == "bf16" and device.type == "cpu":
+        # seen with PyTorch 2.14 on a CPU with AVX512-BF16: weight gradients of small 3D convolutions hold
+        # whatever was in memory, and some kernels write past their buffers
+        raise GkdError(
+            "PyTorch's bf16 gradients of 3D convolutions are wrong on the CPU",
+            "train.precision = bf16",
+            "`--set train.precision=32`, or train on a GPU",
+        )
+    return Forward(settings.train.precision, settings.train.compile, device)
 
 
 def _plan(

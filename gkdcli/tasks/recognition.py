@@ -30,6 +30,7 @@ def build_network(
         dropout=settings.model.dropout,
         bn_momentum=settings.model.bn_momentum,
         attention=attention,
+        channels_last=settings.train.channels_last,
         scores_attended=not (modality == "flow" and settings.recipe == "official"),
     )
 

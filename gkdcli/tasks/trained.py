@@ -13,6 +13,7 @@ from gkdcli.errors import GkdError, usage_error
 from gkdcli.models.cost import Cost, cost
 from gkdcli.models.foreign import open_weights
 from gkdcli.models.recognizer import Recognizer, build_cvae
+from gkdcli.models.video_backbones import related
 from gkdcli.models.weights import Fit, fit, init_student, load_tensors, require_fit
 from gkdcli.runs import Run
 from gkdcli.settings import CHANNELS, Settings
@@ -111,7 +112,11 @@ def start_student(student: Recognizer, init: str, teacher: Recognizer | None, ro
             raise usage_error(
                 "a teacher cannot start from a teacher", "train.init = teacher", "name a file or a run"
             )
-        found, source = init_student(student, teacher), "the teacher"
+        ours, theirs = student.backbone.kind, teacher.backbone.kind
+        alike = related(ours, theirs)
+        found, source = init_student(student, teacher, backbone=alike), "the teacher"
+        if not alike:
+            source += f"'s head (a {ours} has no use for a {theirs} backbone)"
     else:
         path = next((path for path in (Path(init), root / init) if path.exists()), None)
         if path is None:

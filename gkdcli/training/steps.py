@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gkdcli.losses import distill as losses
 from gkdcli.settings import DistillSettings
+from gkdcli.training.forward import Forward
 from gkdcli.training.noise import Noise
 
 
@@ -31,12 +32,14 @@ class Networks:
         generators: its CVAEs by tap; None for the plain student.
         teacher: frozen; None in phase 1 and for the plain student.
         teacher_generators: the frozen teacher's CVAEs.
+        forward: how they are run; heads and losses are in float32 whatever it says.
     """
 
     student: Any
     generators: nn.ModuleDict | None = None
     teacher: Any = None
     teacher_generators: nn.ModuleDict | None = None
+    forward: Forward = field(default_factory=Forward)
 
 
 Supervised = Callable[[dict[str, Tensor], dict[str, Tensor], Noise], dict[str, Term]]
@@ -65,7 +68,7 @@ def generator_terms(
     terms: dict[str, Term] = {}
     rebuilt = {}
     for tap, generator in networks.generators.items():
-        result = generator(features[tap], maps[tap], noise.normal(_latent(maps[tap])))
+        result = networks.forward(generator, features[tap], maps[tap], noise.normal(_latent(maps[tap])))
         loss = losses.cvae_loss(result, features[tap], maps[tap], settings.kl_weight)
         terms[f"cvae_reconstruction.{tap}"] = Term(1.0, loss.reconstruction)
         terms[f"cvae_kl.{tap}"] = Term(1.0, loss.kl)
@@ -73,8 +76,10 @@ def generator_terms(
     if networks.teacher_generators is not None:
         for tap, generator in networks.teacher_generators.items():
             with torch.no_grad():
-                wanted = generator(features[tap], maps[tap], noise.normal(_latent(maps[tap]))).feature
-            value = losses.generative_distillation(rebuilt[tap], wanted)
+                theirs = networks.forward(
+                    generator, features[tap], maps[tap], noise.normal(_latent(maps[tap]))
+                )
+            value = losses.generative_distillation(rebuilt[tap], theirs.feature)
             terms[f"generative_distillation.{tap}"] = Term(settings.generative_weight, value)
     return terms
 
@@ -107,16 +112,23 @@ def network_terms(
     terms = supervised(features, maps, noise)
     generators: Any = networks.generators or {}
     for tap, generator in generators.items():
-        generated = generator.generate(maps[tap], noise.normal(_latent(maps[tap])))
+        generated = networks.forward(generator.generate, maps[tap], noise.normal(_latent(maps[tap])))
         value = losses.reconstruction_error(generated, features[tap])
         terms[f"reconstruction.{tap}"] = Term(settings.reconstruction_weight * ramp, value)
     if networks.teacher is not None and maps:
         with torch.no_grad():
-            wanted_maps = networks.teacher.attend(networks.teacher.features(clips))
+            theirs = networks.forward.features(networks.teacher, clips)
+            wanted_maps = attention_maps(networks.forward, networks.teacher, theirs)
         for tap, attention in maps.items():
             value = losses.attention_distillation(attention, wanted_maps[tap])
             terms[f"attention_distillation.{tap}"] = Term(settings.beta, value)
     return terms
+
+
+def attention_maps(forward: Forward, network: Any, features: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The maps (B, C, T') of a network's features by tap."""
+    maps: dict[str, Tensor] = forward(lambda: network.attend(features))
+    return maps
 
 
 @contextlib.contextmanager

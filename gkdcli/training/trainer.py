@@ -26,6 +26,7 @@ from gkdcli.training.schedule import GENERATOR, Schedule, passes
 from gkdcli.training.steps import (
     Networks,
     Term,
+    attention_maps,
     generator_terms,
     held_statistics,
     network_terms,
@@ -185,11 +186,9 @@ class Trainer:
             # the official code moves the running statistics here too (METHOD.md 8 (10))
             official = settings.recipe == "official"
             with torch.no_grad(), contextlib.nullcontext() if official else held_statistics(student):
-                features = student.features(clips)
-                maps = student.attend(features)
+                features, maps = self._seen(clips)
             return self._generator_stage(features, maps, noise, batch)
-        features = student.features(clips)
-        maps = student.attend(features)
+        features, maps = self._seen(clips)
         before = self._generator_stage(features, maps, noise, batch) if self.shared else {}
         if networks.generators is not None:
             networks.generators.requires_grad_(False)
@@ -205,6 +204,12 @@ class Trainer:
         )
         values = self._descend(terms, self.optimizer, batch)
         return before | values | {"loss": before.get("loss", 0.0) + values["loss"]}
+
+    def _seen(self, clips: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The student's features and attention maps by tap."""
+        forward, student = self.job.networks.forward, self.job.networks.student
+        features = forward.features(student, clips)
+        return features, attention_maps(forward, student, features)
 
     def _generator_stage(
         self, features: dict[str, Tensor], maps: dict[str, Tensor], noise: Noise, batch: ClipBatch

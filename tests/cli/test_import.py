@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shutil
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+import torchvision
 
 from gkdcli.models.weights import load_tensors
 from tests.conftest import borrow, run_gkd
@@ -434,3 +436,50 @@ def test_the_command_as_a_process(workspace, tmp_path):
     assert "did not fit" in outcome.out
     assert "wrong shape" in outcome.out
     assert "12x64x1x1x1" in outcome.out
+
+
+def test_a_file_of_torchvision_is_imported_as_first_weights(
+    workspace: Path, gkd: Callable[..., Any], tmp_path: Path
+) -> None:
+    """Its trunk fits; the unit to the tap, attention and classifier are ours and stay fresh."""
+    torch.manual_seed(0)
+    torch.save(torchvision.models.video.r3d_18(weights=None).state_dict(), tmp_path / "r3d_18.pth")
+    kind = ("--set", "model.teacher=r3d_18")
+    words = ("import", tmp_path / "r3d_18.pth", "--dataset", "demo-tiny", "--root", workspace, "--json")
+    result = gkd(*words, *kind).must().json["result"]
+    assert (result["complete"], result["backbone"], result["names"]) == (False, "r3d_18", "torchvision")
+    assert {
+        row["tensor"].partition(".")[0] for row in result["did_not_fit"] if row["why"] == "unexpected"
+    } == {"fc"}
+    other = gkd(*words)
+    assert other.code == 1
+    assert "the backbone in these weights is r3d_18, not i3d (teacher)" in other.err
+    train = (
+        "pretrain-attention",
+        "demo-tiny",
+        "--root",
+        workspace,
+        *kind,
+        "--max-steps",
+        1,
+        "--batch-size",
+        2,
+    )
+    outcome = gkd(*train, "--backbone", result["entry"])
+    assert outcome.must().code == 0
+    assert "backbone from" in outcome.err
+
+
+def test_our_own_export_of_a_torchvision_student_is_whole(
+    workspace: Path, gkd: Callable[..., Any], tmp_path: Path
+) -> None:
+    kinds = ("--set", "model.teacher=mc3_18", "--set", "model.student=mc3_18", "--set", "train.threads=2")
+    common = ("demo-tiny", "--root", workspace, *kinds)
+    plain = ("--set", "distill.method=none", "--init", "scratch", "--batch-size", 16, "--epochs", 1)
+    gkd("distill", *common, *plain).must()
+    gkd("export", *common, "--out", tmp_path / "out").must()
+    shutil.rmtree(workspace / "runs")
+    words = ("import", tmp_path / "out" / "model.safetensors", "--dataset", "demo-tiny", "--root", workspace)
+    result = gkd(*words, *kinds, "--model", "student", "--json").must().json["result"]
+    assert (result["complete"], result["backbone"], result["names"]) == (True, "mc3_18", "gkd")
+    assert gkd("evaluate", *common, "--json").must().json["run"].endswith("models/demo-tiny/student-rgb")

@@ -82,6 +82,7 @@ def trainer_of(
     played: Networks | None = None,
     supervised: Any = recognition.supervised_terms,
     validate: Any = None,
+    accelerator: str = "cpu",
 ) -> Trainer:
     """A trainer in a new run folder, or in `run` as `--resume` would have it."""
     played = played or networks(settings, len(store.classes))
@@ -95,7 +96,7 @@ def trainer_of(
         warm_up=lambda: None,
         resume_command="gkd distill tiny --resume",
     )
-    return Trainer(job, run, Console(quiet=True), Fabric(accelerator="cpu", devices=1))
+    return Trainer(job, run, Console(quiet=True), Fabric(accelerator=accelerator, devices=1))
 
 
 def settle(network: Any, clips: torch.Tensor) -> None:
