@@ -10,7 +10,8 @@ from torch import Tensor
 from torchvision.models import video
 
 from gkdcli.errors import GkdError
-from gkdcli.models.kinetics import looks_like, start_backbone, told
+from gkdcli.models.foreign import looks_like, open_weights
+from gkdcli.models.kinetics import start_backbone, told
 from gkdcli.models.recognizer import Recognizer
 from gkdcli.models.video_backbones import TRUNKS
 
@@ -63,6 +64,23 @@ def test_a_prefix_is_seen_through(prefix, tmp_path):
     network = recognizer("mc3_18")
     start_backbone(network, saved(tensors, tmp_path / "w.pth"))
     assert torch.equal(network.backbone.stem[0].weight, tensors[f"{prefix}stem.0.weight"])
+
+
+def test_a_checkpoint_with_other_things_beside_the_weights_is_looked_into(tmp_path):
+    tensors, network = public("mc3_18"), recognizer("mc3_18")
+    path = tmp_path / "w.pth"
+    torch.save({"epoch": 3, "optimizer": {"lr": torch.ones(1)}, "model": tensors}, path)
+    start_backbone(network, path)
+    assert torch.equal(network.backbone.stem[0].weight, tensors["stem.0.weight"])
+
+
+@pytest.mark.parametrize("kind", TRUNKS)
+def test_our_own_weights_of_these_networks_are_recognised(kind, tmp_path):
+    theirs, ours = recognizer(kind), recognizer(kind)
+    path = saved({f"network.{name}": value for name, value in theirs.state_dict().items()}, tmp_path / "w.pt")
+    found = open_weights(path).require_network().fit(ours)
+    assert found.complete
+    assert all(torch.equal(value, theirs.state_dict()[name]) for name, value in ours.state_dict().items())
 
 
 @pytest.mark.parametrize(("kind", "stem"), [("mc3_18", "stem.0"), ("s3d", "features.0.0.0")])
