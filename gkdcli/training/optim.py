@@ -18,14 +18,13 @@ def network_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSetting
         return torch.optim.SGD(
             wanted, lr=settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
         )
-    # fused: one pass over memory instead of ten, the same formula
-    return torch.optim.Adam(wanted, lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=True)
+    return torch.optim.Adam(wanted, lr=settings.learning_rate, weight_decay=settings.weight_decay)
 
 
 def generator_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
     """Adam of the CVAE, without weight decay."""
     first, second = settings.generator_betas
-    return torch.optim.Adam(list(parameters), lr=settings.generator_lr, betas=(first, second), fused=True)
+    return torch.optim.Adam(list(parameters), lr=settings.generator_lr, betas=(first, second))
 
 
 def rate_factor(settings: OptimSettings, epochs_done: float) -> float:

@@ -93,24 +93,6 @@ def test_max_pool_equals_the_slow_zero_padded_pool(kernel, stride, size):
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, LAYOUT])
-@pytest.mark.parametrize(("kernel", "stride", "size"), CASES[2:])
-def test_gradients_of_max_pools_are_pytorchs_own(kernel, stride, size, layout):
-    """Zeros tie in most windows: the first of them gets the gradient."""
-    torch.manual_seed(0)
-    x = torch.relu(torch.randn(2, 3, *size)).round(decimals=0).contiguous(memory_format=layout)
-    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
-    before = [same_padding(n, k, s)[0] for n, k, s in zip(size, kernel, stride, strict=True)]
-    got = max_pool(ours * 1, kernel, stride)
-    wanted = F.max_pool3d(theirs * 1, kernel, stride, before, ceil_mode=True)
-    assert torch.equal(got, wanted)
-    assert got.is_contiguous(memory_format=layout)
-    weight = torch.randn_like(got)
-    (got * weight).sum().backward()
-    (wanted * weight).sum().backward()
-    torch.testing.assert_close(ours.grad, theirs.grad)
-
-
-@pytest.mark.parametrize("layout", [torch.contiguous_format, LAYOUT])
 def test_full_extent_convolutions_equal_the_convolutions_they_replace(layout):
     torch.manual_seed(0)
     conv = nn.Conv3d(6, 5, (1, 3, 4)).to(memory_format=layout)

@@ -116,24 +116,6 @@ def test_optimisers_are_the_published_ones():
     )
 
 
-@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last_3d])
-def test_adam_is_the_formula_whatever_the_layout_of_weights_and_gradients(layout):
-    torch.manual_seed(0)
-    weight = torch.randn(3, 4, 1, 2, 2, dtype=torch.float64)
-    parameter = torch.nn.Parameter(weight.float().contiguous(memory_format=layout))
-    adam = optim.generator_optimizer([parameter], OptimSettings(generator_lr=0.1, generator_betas=(0.8, 0.9)))
-    mean, square = torch.zeros_like(weight), torch.zeros_like(weight)
-    for step in range(1, 4):
-        factor = torch.randn(weight.shape)  # contiguous, as autograd gives it here
-        (parameter * factor).sum().backward()
-        adam.step()
-        adam.zero_grad()
-        mean, square = 0.8 * mean + 0.2 * factor, 0.9 * square + 0.1 * factor.double().square()
-        way = (mean / (1 - 0.8**step)) / ((square / (1 - 0.9**step)).sqrt() + 1e-8)
-        weight = weight - 0.1 * way
-    torch.testing.assert_close(parameter.detach().double(), weight, rtol=1e-5, atol=1e-6)
-
-
 @pytest.mark.parametrize("algorithm", ["sgd", "adam"])
 def test_optimiser_state_comes_back_to_the_bit_and_in_the_layout_of_its_parameter(algorithm):
     def fresh() -> tuple[torch.nn.Conv3d, torch.optim.Optimizer]:
