@@ -143,7 +143,8 @@ def test_one_step(precision):
     page, dtype = official_page(), getattr(torch, precision)
     networks = build(page)
     for module in vars(networks).values():
-        module.to(dtype)
+        if isinstance(module, torch.nn.Module):
+            module.to(dtype)
     (clip, label), noise = inputs(figures), RecordedNoise(figures, dtype)
     clip = clip.to(dtype)
     found = Findings(f"06_step_recognition, {precision}")
