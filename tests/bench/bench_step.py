@@ -25,6 +25,7 @@ from gkdcli.data.clips import normalise
 from gkdcli.models.recognizer import build_cvae
 from gkdcli.resolve import resolve
 from gkdcli.tasks import recognition
+from gkdcli.tasks.trained import chosen_device
 from gkdcli.training.steps import Networks
 from gkdcli.training.trainer import Trainer
 
@@ -34,9 +35,15 @@ CLASSES = 101
 class Iteration:
     """Everything of `gkd distill ucf101` but the reading of clips."""
 
-    def __init__(self) -> None:
+    def __init__(self, threads: int) -> None:
         page = resolve("ucf101", stage="distill", modality="rgb", root=Path()).settings
-        page = page.model_copy(update={"optim": page.optim.model_copy(update={"batch_size": 1})})
+        page = page.model_copy(
+            update={
+                "optim": page.optim.model_copy(update={"batch_size": 1}),
+                "train": page.train.model_copy(update={"device": "cpu", "threads": threads}),
+            }
+        )
+        chosen_device(page)
         torch.manual_seed(0)
         teacher, student = (
             recognition.build_network(page, role, CLASSES, "rgb") for role in ("teacher", "student")
@@ -83,8 +90,7 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print the operations that take longest")
     parser.add_argument("--memory", action="store_true", help="only the peak of two iterations, in bytes")
     given = parser.parse_args()
-    torch.set_num_threads(given.threads)
-    iteration = Iteration()
+    iteration = Iteration(given.threads)
     if given.memory:
         for _ in range(2):  # optimiser states are there from the second on
             iteration()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import platform
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -169,3 +172,25 @@ def test_the_device_is_cpu_without_cuda_and_cuda_must_be_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert chosen_device(page()).type == "cuda"
     assert chosen_device(page(train__device="cpu")).type == "cpu"
+
+
+AGAIN = """
+import resource, torch
+from gkdcli.settings import Settings
+from gkdcli.tasks.trained import chosen_device
+chosen_device(Settings(train={"device": "cpu", "threads": 1}))
+def faults():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+
+before = faults()
+for _ in range(20):
+    torch.ones(2**24)
+print(faults() - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="asks glibc")
+def test_memory_of_freed_tensors_is_used_again_without_the_kernel():
+    """64 MB are 16384 pages; the first blocks need theirs, not all twenty."""
+    done = subprocess.run([sys.executable, "-c", AGAIN], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 5 * 16384
