@@ -20,7 +20,7 @@ from gkdcli.data.video import (
     encode,
     require_decodable,
     rescale,
-    stored_size,
+    scaling_of,
 )
 from gkdcli.settings import DataSettings
 
@@ -108,10 +108,7 @@ class FrameFolder:
 
     def scaling(self, data: DataSettings) -> tuple[str, int, int]:
         """See `VideoReader.scaling`."""
-        width, height = stored_size(self.info.width, self.info.height, data)
-        if (width, height) == (self.info.width, self.info.height):
-            return "not", width, height
-        return ("bicubic" if data.size else "area"), width, height
+        return scaling_of(self.info, data)
 
     def pictures(self, data: DataSettings) -> Iterator[Picture]:
         """Yields the frames; an image that has the stored size already is kept byte for byte.

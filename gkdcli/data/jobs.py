@@ -158,29 +158,22 @@ def _write(
     """All frames into all parts, in one pass over the video; `beside` frames are in the other stream."""
     rgb, flow = parts.get("rgb"), parts.get("flow")
     if flow is not None and isinstance(video, FrameFolder) and video.has_flow:
-        flow.update(
-            flow_method=data.flow, flow_bound=data.flow_bound, flow_parameters="as the images were given"
-        )
-        images: Stored | None = None
-        for images in video.flows(data):
-            flow.append(images)
-        if images is not None and not video.has_frames and beside == flow.frames + 1:
-            flow.append(images)  # one image fewer than frames is usual
+        _write_given_flow(video, flow, data, beside)
         flow = None
-        if rgb is None:
-            return
-    estimator = FlowEstimator(data.flow, data.flow_bound) if flow is not None else None
+    if rgb is None and flow is None:
+        return
+    estimator = FlowEstimator(data.flow, data.flow_bound)
     previous = motion = None
     for picture in video.pictures(data):
         if rgb is not None:
             rgb.append(picture.stored(data))
-        if flow is not None and estimator is not None:
+        if flow is not None:
             grey = picture.grey()
             if previous is not None:
                 motion = _stored_flow(estimator.between(previous, grey), data)
                 flow.append(motion)
             previous = grey
-    if flow is None or estimator is None:
+    if flow is None:
         return
     if motion is None:
         raise BadFlow("one frame only, so there is no motion between frames")
@@ -190,6 +183,16 @@ def _write(
         flow_bound=data.flow_bound,
         flow_parameters=json.dumps(estimator.parameters, sort_keys=True),
     )
+
+
+def _write_given_flow(video: FrameFolder, flow: PartWriter, data: DataSettings, beside: int | None) -> None:
+    """Flow that was extracted before."""
+    images: Stored | None = None
+    for images in video.flows(data):
+        flow.append(images)
+    if images is not None and not video.has_frames and beside == flow.frames + 1:
+        flow.append(images)  # one image fewer than frames is usual
+    flow.update(flow_method=data.flow, flow_bound=data.flow_bound, flow_parameters="as the images were given")
 
 
 def _stored_flow(flow: Bytes, data: DataSettings) -> Stored:

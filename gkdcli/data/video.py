@@ -178,6 +178,18 @@ def sampled(frames: Iterable[Frame], step: float) -> Iterator[Frame]:
             yield frame
 
 
+def scaling_of(info: VideoInfo, data: DataSettings) -> tuple[str, int, int]:
+    """How frames are scaled for the store, in words, and their width and height there, in px.
+
+    Raises:
+        BadVideo: see `stored_size`.
+    """
+    width, height = stored_size(info.width, info.height, data)
+    if (width, height) == (info.width, info.height):
+        return "not", width, height
+    return ("bicubic" if data.size else "area"), width, height
+
+
 class VideoReader:
     """An open video; one thread, one frame in memory at a time.
 
@@ -238,10 +250,7 @@ class VideoReader:
         Raises:
             BadVideo: see `stored_size`.
         """
-        width, height = stored_size(self.info.width, self.info.height, data)
-        if (width, height) == (self.info.width, self.info.height):
-            return "not", width, height
-        return ("bicubic" if data.size else "area"), width, height
+        return scaling_of(self.info, data)
 
     def pictures(self, data: DataSettings) -> Iterator[Picture]:
         """Yields upright, scaled frames, once.

@@ -192,8 +192,8 @@ class Contents:
         )
 
 
-def open_weights(path: Path) -> Contents:
-    """Reads a weights file of any origin.
+def open_weights(path: Path, content: dict[Any, Any] | None = None) -> Contents:
+    """Reads a weights file of any origin, or goes by its `content` where that was read already.
 
     Plain, under a common prefix (`module.` of DataParallel), or inside a dictionary with other things: of
     its nested dictionaries the one is taken that has most names in common with ours.
@@ -201,7 +201,7 @@ def open_weights(path: Path) -> Contents:
     Raises:
         GkdError: see `weights.read_file`.
     """
-    candidates = list(state_dicts(read_file(path)))
+    candidates = list(state_dicts(read_file(path) if content is None else content))
     network, generators = _best(candidates, _NETWORKS), _best(candidates, _GENERATORS)
     names = [name for _, tensors in candidates for name in tensors]
     detection = network is not None and any(name.startswith(_DETECTION) for name in network.unknown)
@@ -299,7 +299,7 @@ def backbone_kind(network: Found) -> str | None:
     return _KINDS.get((first.shape[2], last.shape[2])) if first.ndim == last.ndim == 5 else None
 
 
-def load_backbone(network: nn.Module, path: Path) -> Fit:
+def load_backbone(network: nn.Module, path: Path, content: dict[Any, Any] | None = None) -> Fit:
     """Starts a network's backbone from a file: public I3D (`rgb_imagenet.pt`), published, or ours.
 
     The classifier is loaded where its shape agrees; with another number of classes it keeps its fresh
@@ -308,16 +308,14 @@ def load_backbone(network: nn.Module, path: Path) -> Fit:
     Args:
         network: with a sub-module `backbone` (I3D) and, for recognition, `classifier`.
         path: the file.
+        content: what is in it, where it was read already.
 
     Raises:
         GkdError: the file cannot be read, is no I3D, or a tensor of the backbone does not fit.
     """
-    found = open_weights(path).require_network()
+    found = open_weights(path, content).require_network()
     result = found.fit(network.get_submodule("backbone"), "backbone.")
     require_fit(result, str(path), "backbone")
     if hasattr(network, "classifier"):
-        head = found.fit(network.get_submodule("classifier"), "classifier.")
-        result.loaded += [f"classifier.{name}" for name in head.loaded]
-        result.wrong_shape += [(f"classifier.{name}", got, wanted) for name, got, wanted in head.wrong_shape]
-        result.missing += [f"classifier.{name}" for name in head.missing]
+        result.take(found.fit(network.get_submodule("classifier"), "classifier."), "classifier.")
     return result

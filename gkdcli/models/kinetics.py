@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -40,17 +41,18 @@ def start_backbone(network: Recognizer, path: Path) -> Fit:
         GkdError: the file cannot be read, is of another kind (it is named), or does not fit.
     """
     backbone = network.backbone
-    tensors, kind, prefix = _known_tensors(path)
+    content = read_file(path)
+    tensors, kind, prefix = _known_tensors(content)
     if isinstance(backbone, VideoBackbone) and kind == backbone.kind:
         return _start_trunk(network, backbone, tensors, prefix, path)
     if isinstance(backbone, VideoBackbone) or kind in TRUNKS:
         raise _other_kind(str(backbone.kind), kind, tensors, path)
-    return load_backbone(network, path)
+    return load_backbone(network, path, content)
 
 
-def _known_tensors(path: Path) -> tuple[dict[str, Tensor], str, str]:
+def _known_tensors(content: dict[Any, Any]) -> tuple[dict[str, Tensor], str, str]:
     """The first dictionary of a file that looks like anything; kind and prefix as of `looks_like`."""
-    found = [tensors for _, tensors in state_dicts(read_file(path))]
+    found = [tensors for _, tensors in state_dicts(content)]
     for tensors in found:
         kind, prefix = looks_like(tensors)
         if kind:
@@ -85,10 +87,7 @@ def _start_trunk(
     trunk = [name for name in found.missing if not name.startswith("to_tap.")]
     odd = [entry for entry in found.wrong_shape if entry not in fresh]
     require_fit(Fit(found.loaded, trunk, found.unexpected, odd), str(path), f"{backbone.kind} backbone")
-    head = fit(network.classifier, tensors, f"{prefix}classifier.1.")
-    found.loaded += [f"classifier.{name}" for name in head.loaded]
-    found.missing += [f"classifier.{name}" for name in head.missing]
-    found.wrong_shape += [(f"classifier.{name}", got, wanted) for name, got, wanted in head.wrong_shape]
+    found.take(fit(network.classifier, tensors, f"{prefix}classifier.1."), "classifier.")
     found.unexpected += [name for name in tensors if name.startswith(f"{prefix}fc.")]
     return found
 

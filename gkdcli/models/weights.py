@@ -55,6 +55,12 @@ class Fit:
         """Whether file and network agree in every name and shape."""
         return not (self.missing or self.unexpected or self.wrong_shape)
 
+    def take(self, part: Fit, prefix: str) -> None:
+        """Adds what was found for a sub-module under its own names; what that did not expect is left out."""
+        self.loaded += [f"{prefix}{name}" for name in part.loaded]
+        self.missing += [f"{prefix}{name}" for name in part.missing]
+        self.wrong_shape += [(f"{prefix}{name}", got, wanted) for name, got, wanted in part.wrong_shape]
+
 
 def load_tensors(path: Path) -> dict[str, Tensor]:
     """Reads a plain state dict from a .safetensors file or a PyTorch file, on the CPU.
@@ -228,7 +234,7 @@ def require_fit(result: Fit, where: str, whom: str = "network") -> None:
     hint = "name a file written for the same network, clip length, crop, width and classes"
     if result.wrong_shape:
         name, got, wanted = result.wrong_shape[0]
-        first = f"{name} is {_times(got)}, the model wants {_times(wanted)}"
+        first = f"{name} is {times(got)}, the model wants {times(wanted)}"
         if name.endswith("Conv3d_1a_7x7.conv3d.weight") and {*got[1:2], wanted[1]} == {2, 3}:
             number, stream = ("three", "an rgb") if got[1] == 3 else ("two", "a flow")
             hint = f"{number} input channels mean {stream} checkpoint; try `--modality {stream.split()[1]}`"
@@ -243,7 +249,8 @@ def require_fit(result: Fit, where: str, whom: str = "network") -> None:
     )
 
 
-def _times(shape: tuple[int, ...]) -> str:
+def times(shape: tuple[int, ...]) -> str:
+    """A shape in words: `64x3x7x7x7`."""
     return "x".join(map(str, shape)) or "a scalar"
 
 

@@ -20,7 +20,7 @@ from gkdcli.models.cost import cost
 from gkdcli.models.foreign import Contents, Found, backbone_kind, first_kernel, kernel, open_weights
 from gkdcli.models.i3d import TAP_STRIDES
 from gkdcli.models.recognizer import Recognizer, build_cvae
-from gkdcli.models.weights import Fit, load_tensors, require_fit, save_tensors
+from gkdcli.models.weights import Fit, load_tensors, require_fit, save_tensors, times
 from gkdcli.resolve import to_toml
 from gkdcli.result import Result
 from gkdcli.runs import SCHEMA, Place, Run, version
@@ -175,7 +175,7 @@ def _holds(found: Found, beginning: str) -> bool:
 
 
 def _used(fitted: Fit) -> Fit:
-    """Without what is unexpected: a published CVAE has a branch that recognition never uses (FINDINGS 15)."""
+    """Without what is unexpected: a published CVAE has an idle 4f branch (README, difference 15)."""
     return Fit(fitted.loaded, fitted.missing, [], fitted.wrong_shape)
 
 
@@ -263,14 +263,15 @@ def _report(contents: Contents, found: Found, fitted: Fit, module: nn.Module) ->
         "unexpected": len(fitted.unexpected),
         "wrong_shape": len(fitted.wrong_shape),
         "did_not_fit": [
-            {"why": why, "tensor": name, "in_the_file": _times(got), "expected": _times(wanted)}
+            {
+                "why": why,
+                "tensor": name,
+                "in_the_file": None if got is None else times(got),
+                "expected": None if wanted is None else times(wanted),
+            }
             for why, name, got, wanted in rows
         ],
     }
-
-
-def _times(shape: tuple[int, ...] | None) -> str | None:
-    return None if shape is None else "x".join(map(str, shape)) or "a scalar"
 
 
 def _record(
