@@ -113,6 +113,9 @@ class ClipSettings(_Section):
     std: list[Annotated[float, Field(gt=0.0)]] = _setting(
         [0.229, 0.224, 0.225], "divides pixels after `mean`", "fraction", min_length=1, max_length=3
     )
+    stride: int = _setting(
+        30, "detection: from one training window of a video to the next", "frames", ge=1, le=1024
+    )
 
 
 VideoTrunk = Literal["r3d_18", "mc3_18", "r2plus1d_18", "s3d"]
@@ -180,6 +183,21 @@ class DistillSettings(_Section):
         0.5, "weight of the generated feature's error, once ramped up", ge=0.0
     )
     kl_weight: float = _setting(0.1, "weight of the KL term in the CVAE loss", ge=0.0)
+    location_weight: float = _setting(
+        10.0, "detection: weight of the coarse and the refined location", ge=0.0
+    )
+    class_weight: float = _setting(
+        1.0, "detection: weight of the coarse and the refined class, and of the quality", ge=0.0
+    )
+    background_weight: float = _setting(35.0, "detection: weight of the background feature's loss", ge=0.0)
+    contrast_weight: float = _setting(0.1, "detection: weight of the boundary contrast", ge=0.0)
+    refine_iou: float = _setting(
+        0.5,
+        "detection: a matched prior whose coarse segment overlaps its action this much is refined",
+        "tIoU",
+        ge=0.0,
+        le=1.0,
+    )
     ramp_epochs: int = _setting(
         20, "epochs until the reconstruction weight is reached; 0: all epochs of the run", "epochs", ge=0
     )
@@ -234,6 +252,22 @@ class EvalSettings(_Section):
     )
     fusion_weights: tuple[Weight, Weight] = _setting(
         (1.0, 1.0), "of the rgb and the flow logits in `--fusion`", "factor"
+    )
+    stride: int = _setting(
+        128, "detection: from one window of a test video to the next", "frames", ge=1, le=1024
+    )
+    score_threshold: float = _setting(
+        0.01, "detection: candidates need a higher score", "score", ge=0.0, lt=1.0
+    )
+    nms_sigma: float = _setting(
+        0.1, "detection: width of the Gaussian by which soft-NMS lowers the score of overlapping ones", gt=0.0
+    )
+    nms_floor: float = _setting(0.001, "detection: soft-NMS ends below this score", "score", ge=0.0, lt=1.0)
+    top_k: int = _setting(
+        5000, "detection: most detections of a class in a video", "detections", ge=1, le=100000
+    )
+    tiou: list[Annotated[float, Field(gt=0.0, le=1.0)]] = _setting(
+        [], "detection: overlaps at which a detection counts as right; empty: 0.1 to 0.7", "tIoU"
     )
 
 
