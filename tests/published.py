@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from gkdcli.models.cvae import CVAE
-from gkdcli.models.recognizer import Recognizer, build_cvae
+from gkdcli.models.network import build_cvae
+from gkdcli.models.recognizer import Recognizer
 from gkdcli.resolve import resolve
 from gkdcli.tasks import recognition
 

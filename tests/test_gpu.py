@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gkdcli.models.recognizer import Recognizer, build_cvae
+from gkdcli.models.network import build_cvae
+from gkdcli.models.recognizer import Recognizer
 
 pytestmark = [
     pytest.mark.gpu,

@@ -7,14 +7,11 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkdcli.models.attention import Attention, attend
-from gkdcli.models.cvae import CVAE
-from gkdcli.models.i3d import I3D, layout_of, tap_shape
-from gkdcli.models.layers import scaled
-from gkdcli.models.video_backbones import TRUNKS, VideoBackbone
+from gkdcli.models.attention import attend
+from gkdcli.models.network import Network
 
 
-class Recognizer(nn.Module):
+class Recognizer(Network):
     """Names the action of a clip; teacher and student differ in `kind` only.
 
     Args:
@@ -32,8 +29,6 @@ class Recognizer(nn.Module):
         channels_last: whether the backbone's channels are innermost in memory; auto: where CPUs gain by it.
     """
 
-    taps = ("Mixed_5c",)
-
     def __init__(
         self,
         kind: str,
@@ -49,37 +44,22 @@ class Recognizer(nn.Module):
         scores_attended: bool = True,
         channels_last: Literal["auto", "on", "off"] = "auto",
     ) -> None:
-        super().__init__()
-        self.scores_attended = scores_attended
-        self.shapes = {tap: tap_shape(tap, length, crop, width) for tap in self.taps}
-        assert self.shapes["Mixed_5c"][1] >= 2, (
-            "the classifier averages pairs of time steps: 16 frames at least"
+        super().__init__(
+            kind,
+            ("Mixed_5c",),
+            length=length,
+            crop=crop,
+            channels=channels,
+            width=width,
+            attention=attention,
+            bn_momentum=bn_momentum,
+            scores_attended=scores_attended,
+            channels_last=channels_last,
         )
+        feature = self.shapes["Mixed_5c"]
+        assert feature[1] >= 2, "the classifier averages pairs of time steps: 16 frames at least"
         self.dropout = dropout
-        self.backbone: I3D | VideoBackbone
-        if kind in TRUNKS:  # of full width, whatever the tap's
-            layout = layout_of(channels_last, 1.0)
-            self.backbone = VideoBackbone(kind, channels, self.shapes["Mixed_5c"], layout)
-        else:
-            self.backbone = I3D(kind, channels, width, layout_of(channels_last, width))
-        for module in self.backbone.modules():
-            if isinstance(module, nn.BatchNorm3d):
-                module.momentum = bn_momentum
-        self.attention = nn.ModuleDict()
-        if attention:
-            self.attention.update(
-                {tap: Attention(shape, scaled(512, width)) for tap, shape in self.shapes.items()}
-            )
-        self.classifier = nn.Conv3d(self.shapes["Mixed_5c"][0], classes, 1)
-
-    def features(self, clip: Tensor) -> dict[str, Tensor]:
-        """(B, channels, T, H, W) -> {"Mixed_5c": (B, C, T', H', W')}."""
-        found = self.backbone(clip)
-        return {tap: found[tap] for tap in self.taps}
-
-    def attend(self, features: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The attention map (B, C, T') of each tap; empty for a network built without."""
-        return {tap: module(features[tap]) for tap, module in self.attention.items()}
+        self.classifier = nn.Conv3d(feature[0], classes, 1)
 
     def logits(self, feature: Tensor, keep: Tensor | None = None) -> Tensor:
         """(B, C, T', H, W) -> logits per time step, (B, classes, T' - 1).
@@ -115,8 +95,3 @@ class Recognizer(nn.Module):
     def forward(self, clip: Tensor) -> Tensor:
         """(B, channels, T, H, W) -> time-averaged logits (B, classes): the graph that is exported."""
         return self.time_logits(clip).mean(dim=2)
-
-
-def build_cvae(network: Recognizer) -> nn.ModuleDict:
-    """One CVAE per tap in use: {"Mixed_5c": CVAE} (METHOD.md 3, 9)."""
-    return nn.ModuleDict({tap: CVAE(shape) for tap, shape in network.shapes.items()})

@@ -19,7 +19,8 @@ from gkdcli.files import atomic_folder, digest, locked, write_text
 from gkdcli.models.cost import cost
 from gkdcli.models.foreign import Contents, Found, backbone_kind, first_kernel, kernel, open_weights
 from gkdcli.models.i3d import TAP_STRIDES
-from gkdcli.models.recognizer import Recognizer, build_cvae
+from gkdcli.models.network import build_cvae
+from gkdcli.models.recognizer import Recognizer
 from gkdcli.models.weights import Fit, load_tensors, require_fit, save_tensors, times
 from gkdcli.resolve import to_toml
 from gkdcli.result import Result

@@ -20,7 +20,8 @@ from gkdcli.files import free_bytes
 from gkdcli.models.cost import cost
 from gkdcli.models.kinetics import PUBLIC, start_backbone, told
 from gkdcli.models.layers import initialise
-from gkdcli.models.recognizer import Recognizer, build_cvae
+from gkdcli.models.network import build_cvae
+from gkdcli.models.recognizer import Recognizer
 from gkdcli.pipeline.download import fetch, weights_source
 from gkdcli.pipeline.lookup import chosen, newest, open_store, require_same_flow, split_videos
 from gkdcli.report import draw_curves

@@ -14,7 +14,8 @@ from gkdcli.data.store import Store
 from gkdcli.errors import GkdError, usage_error
 from gkdcli.models.cost import Cost, cost
 from gkdcli.models.foreign import open_weights
-from gkdcli.models.recognizer import Recognizer, build_cvae
+from gkdcli.models.network import build_cvae
+from gkdcli.models.recognizer import Recognizer
 from gkdcli.models.video_backbones import related
 from gkdcli.models.weights import Fit, fit, init_student, load_tensors, require_fit
 from gkdcli.runs import Run

@@ -22,7 +22,7 @@ import torch
 from lightning_fabric import Fabric
 
 from gkdcli.data.clips import normalise
-from gkdcli.models.recognizer import build_cvae
+from gkdcli.models.network import build_cvae
 from gkdcli.resolve import resolve
 from gkdcli.tasks import recognition
 from gkdcli.tasks.trained import chosen_device

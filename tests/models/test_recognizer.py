@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gkdcli.models.attention import attend
-from gkdcli.models.recognizer import Recognizer, build_cvae
+from gkdcli.models.network import build_cvae
+from gkdcli.models.recognizer import Recognizer
 
 
 def network(kind: str = "top-i3d", attention: bool = True) -> Recognizer:

@@ -11,7 +11,8 @@ from torchvision.models import video
 
 from gkdcli.models.cost import cost
 from gkdcli.models.i3d import KINDS, tap_shape
-from gkdcli.models.recognizer import Recognizer, build_cvae
+from gkdcli.models.network import build_cvae
+from gkdcli.models.recognizer import Recognizer
 from gkdcli.models.video_backbones import TRUNKS, VideoBackbone, pool_to, related
 from gkdcli.settings import Settings
 

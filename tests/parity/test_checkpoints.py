@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from gkdcli.models.foreign import backbone_kind, open_weights
-from gkdcli.models.recognizer import Recognizer, build_cvae
+from gkdcli.models.network import build_cvae
+from gkdcli.models.recognizer import Recognizer
 from tests.parity.golden import FOLDER, needs_golden, shapes
 
 pytestmark = needs_golden

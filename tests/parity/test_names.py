@@ -8,7 +8,8 @@ import torch
 from gkdcli.models.cvae import CVAE
 from gkdcli.models.foreign import official_name
 from gkdcli.models.i3d import I3D, tap_shape
-from gkdcli.models.recognizer import Recognizer, build_cvae
+from gkdcli.models.network import build_cvae
+from gkdcli.models.recognizer import Recognizer
 from tests.parity.golden import needs_golden, shapes
 
 pytestmark = needs_golden

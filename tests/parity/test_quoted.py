@@ -8,7 +8,8 @@ import torch
 
 from gkdcli.losses.distill import ramp
 from gkdcli.models.attention import attend
-from gkdcli.models.recognizer import Recognizer, build_cvae
+from gkdcli.models.network import build_cvae
+from gkdcli.models.recognizer import Recognizer
 from gkdcli.models.weights import fit
 from gkdcli.settings import Settings
 from gkdcli.tasks.recognition import supervised_terms

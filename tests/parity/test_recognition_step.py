@@ -13,7 +13,8 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from gkdcli.losses.distill import ramp
-from gkdcli.models.recognizer import Recognizer, build_cvae
+from gkdcli.models.network import build_cvae
+from gkdcli.models.recognizer import Recognizer
 from gkdcli.resolve import resolve
 from gkdcli.settings import Settings
 from gkdcli.tasks import recognition

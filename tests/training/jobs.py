@@ -13,7 +13,7 @@ from torch import nn
 from gkdcli.console import Console
 from gkdcli.data.clips import ClipDataset
 from gkdcli.data.store import Store
-from gkdcli.models.recognizer import build_cvae
+from gkdcli.models.network import build_cvae
 from gkdcli.runs import Place, Run, create_run
 from gkdcli.settings import Settings
 from gkdcli.tasks import recognition
