@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
 
+from gkdcli.data.batches import ClipBatch, Keys
 from gkdcli.data.store import Store, VideoRow
 from gkdcli.errors import GkdError
 from gkdcli.settings import ClipSettings
@@ -84,9 +85,6 @@ def test_view(frames: int, height: int, width: int, clips: ClipSettings) -> View
 test_view.__test__ = False  # type: ignore[attr-defined]  # not a test, whatever pytest thinks of its name
 
 
-Keys = list[tuple[int, int, int]]  # (position in a `ClipDataset`, epoch, part)
-
-
 class ClipDataset(Dataset[tuple[Tensor, int, int]]):
     """Clips of some videos of a store; an item is named by (position, epoch, part), so that it has no state.
 
@@ -130,6 +128,16 @@ class ClipDataset(Dataset[tuple[Tensor, int, int]]):
             return [self[key] for key in keys]
         except GkdError as error:
             return error
+
+    def collate(self, items: list[tuple[Tensor, int, int]]) -> ClipBatch:
+        """Clips and `labels` (B,), int64; a clip's noise is seeded by its video's row in the store."""
+        clips, labels, videos = zip(*items, strict=True)
+        return ClipBatch(torch.stack(clips), {"labels": torch.tensor(labels)}, list(videos))
+
+    def name_of(self, sample: int) -> str:
+        """Class and name of a video."""
+        row = self.store.videos[sample]
+        return f"{row.class_name}/{row.name}"
 
     def read(self, video: int, start: int) -> Tensor:
         """Decoded frames from `start`, (T, C, H, W) uint8; a short video repeats its last frame."""
@@ -176,10 +184,15 @@ def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(frames.contiguous(), size=size, mode="bilinear", align_corners=False)
 
 
-def normalise(clips: Tensor, settings: ClipSettings) -> Tensor:
+def normalise(clips: Tensor, settings: ClipSettings, frames: Tensor | None = None) -> Tensor:
     """uint8 (B, C, T, H, W) -> float32, (pixel / 255 - mean) / std per channel.
 
     Channels lie innermost in memory: every network wants them so, and here the rearrangement costs nothing.
+
+    Args:
+        clips: as they were read.
+        settings: mean and deviation.
+        frames: how many of each clip are real, (B,); the others become 0. None: all are.
 
     Raises:
         GkdError: another number of channels than of means or deviations.
@@ -192,7 +205,11 @@ def normalise(clips: Tensor, settings: ClipSettings) -> Tensor:
     )
     scale = 1 / (255 * std)
     floats = clips.to(torch.float32, memory_format=torch.channels_last_3d)
-    return floats.mul_(scale.view(1, -1, 1, 1, 1)).sub_((mean / std).view(1, -1, 1, 1, 1))
+    floats.mul_(scale.view(1, -1, 1, 1, 1)).sub_((mean / std).view(1, -1, 1, 1, 1))
+    if frames is not None and (frames < clips.shape[2]).any():
+        padded = torch.arange(clips.shape[2], device=clips.device) >= frames[:, None]  # (B, T)
+        floats.masked_fill_(padded[:, None, :, None, None], 0)
+    return floats
 
 
 def require_channels(settings: ClipSettings, channels: int) -> None:

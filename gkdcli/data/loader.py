@@ -5,37 +5,17 @@ from __future__ import annotations
 import contextlib
 import signal
 from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from functools import partial
 from multiprocessing import resource_tracker
+from typing import Any, cast
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from gkdcli.data.clips import ClipDataset, Keys
+from gkdcli.data.batches import ClipBatch, Clips, Keys
 from gkdcli.errors import GkdError
 
 _ORDERS = 2  # first word of their seeds, see `clips._VIEWS`
-
-
-@dataclass
-class ClipBatch:
-    """Clips of one step.
-
-    Args:
-        clips: (B, C, T, H, W), uint8.
-        labels: (B,), int64.
-        videos: their rows in the store.
-    """
-
-    clips: Tensor
-    labels: Tensor
-    videos: list[int]
-
-    def pin_memory(self) -> ClipBatch:
-        """The same in page-locked memory; the loader asks for it where clips go to a GPU."""
-        return ClipBatch(self.clips.pin_memory(), self.labels.pin_memory(), self.videos)
 
 
 def training_order(count: int, batch_size: int, seed: int, epoch: int, part: int) -> list[Keys]:
@@ -55,7 +35,7 @@ test_order.__test__ = False  # type: ignore[attr-defined]
 
 
 def load(
-    dataset: ClipDataset, batches: Iterable[Keys], workers: int, pin: bool = False
+    dataset: Clips, batches: Iterable[Keys], workers: int, pin: bool = False
 ) -> Generator[ClipBatch, None, None]:
     """Reads the named batches; close the iterator to end its processes before it is exhausted.
 
@@ -68,11 +48,11 @@ def load(
     Raises:
         GkdError: a video is damaged, or a worker was killed.
     """
-    loader: DataLoader[tuple[Tensor, int, int]] = DataLoader(
-        dataset,
+    loader: DataLoader[Any] = DataLoader(
+        cast("Dataset[Any]", dataset),
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=partial(_collate, dataset),
         pin_memory=pin,
         multiprocessing_context="spawn" if workers else None,
     )
@@ -116,8 +96,5 @@ def lost_worker(error: Exception) -> GkdError | None:
     )
 
 
-def _collate(items: list[tuple[Tensor, int, int]] | GkdError) -> ClipBatch | GkdError:
-    if isinstance(items, GkdError):
-        return items
-    clips, labels, videos = zip(*items, strict=True)
-    return ClipBatch(torch.stack(clips), torch.tensor(labels), list(videos))
+def _collate(dataset: Clips, items: Any) -> ClipBatch | GkdError:
+    return items if isinstance(items, GkdError) else dataset.collate(items)

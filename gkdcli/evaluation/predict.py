@@ -80,8 +80,8 @@ def predict(
                     f"`--set eval.batch_size={max(batch_size // 2, 1)}`; the scores do not depend on it",
                 ) from None
             logits.append(found.numpy())
-            labels.append(batch.labels.numpy())
-            done += len(batch.videos)
+            labels.append(batch.targets["labels"].numpy())
+            done += len(batch.samples)
             tick(done)
     return np.concatenate(logits), np.concatenate(labels)
 

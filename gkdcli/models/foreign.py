@@ -48,6 +48,30 @@ class _Layout:
         return None
 
 
+def _head_names() -> tuple[tuple[str, str], ...]:
+    """The published detection head's names and ours."""
+    units = [
+        *((f"pyramids.{level}", f"pyramid.{level}") for level in range(6)),
+        *((f"{kind}_tower.{n}", f"{kind}_tower.{n}") for kind in ("loc", "conf") for n in range(2)),
+        *(
+            (f"{kind}_proposal_branch.{theirs}_conv", f"{kind}_branch.{ours}")
+            for kind in ("loc", "conf")
+            for theirs, ours in _BRANCHES
+        ),
+    ]
+    names = [
+        *((f"{theirs}.0.conv{n}d.", f"{ours}.conv.") for theirs, ours in units for n in (1, 3)),
+        *((f"{theirs}.1.", f"{ours}.norm.") for theirs, ours in units),
+        *((f"deconv.{3 * n}.conv1d.", f"frame_level.{n}.conv.") for n in range(3)),
+        *((f"deconv.{3 * n + 1}.", f"frame_level.{n}.norm.") for n in range(3)),
+        *((f"loc_heads.{level}.scale", f"loc_scales.{level}") for level in range(6)),
+        *((f"{name}_head.conv1d.", f"{name}_head.") for name in _HEADS),
+    ]
+    return tuple((f"coarse_pyramid_detection.{theirs}", f"head.{ours}") for theirs, ours in names)
+
+
+_BRANCHES = (("cur_point", "short"), ("lr", "boundary"), ("roi", "roi"), ("proposal", "proposal"))
+_HEADS = ("loc", "conf", "prop_loc", "prop_conf", "center")
 _NETWORKS = (
     _Layout(
         "published",
@@ -60,6 +84,12 @@ _NETWORKS = (
             ("Att_Head_5c.0.conv1d.", "attention.Mixed_5c.expand."),
             ("Att_Head_5c.1.", "attention.Mixed_5c.expand_norm."),
             ("Att_Head_5c.3.", "attention.Mixed_5c.time."),
+            ("deconv2.0.", "attention.Mixed_4f.squeeze."),
+            ("deconv2.1.", "attention.Mixed_4f.squeeze_norm."),
+            ("Att_Head_4f.0.conv1d.", "attention.Mixed_4f.expand."),
+            ("Att_Head_4f.1.", "attention.Mixed_4f.expand_norm."),
+            ("Att_Head_4f.3.", "attention.Mixed_4f.time."),
+            *_head_names(),
         ),
     ),
     _Layout(
@@ -70,6 +100,7 @@ _NETWORKS = (
             ("backbone.", "backbone."),
             ("attention.", "attention."),
             ("classifier.", "classifier."),
+            ("head.", "head."),
         ),
     ),
     *(

@@ -114,6 +114,7 @@ def train(
         settings,
         dataset,
         recognition.supervised_terms,
+        score="top1",
         validate=partial(_validate, networks.student, held_set, place, device) if held else None,
         warm_up=partial(_warm_up, networks.student, held_set if held else dataset, place, device),
         resume_command=place.command(STAGE_FOLDER[stage], "--resume"),

@@ -11,7 +11,7 @@ from gkdcli.models.attention import attend
 from gkdcli.models.recognizer import Recognizer
 from gkdcli.settings import CHANNELS, Settings
 from gkdcli.training.noise import Noise
-from gkdcli.training.steps import Term
+from gkdcli.training.steps import Seen, Supervised, Term
 
 Role = Literal["teacher", "student"]
 
@@ -37,16 +37,18 @@ def build_network(
 
 def supervised_terms(
     network: Recognizer,
-    features: dict[str, Tensor],
-    maps: dict[str, Tensor],
-    labels: Tensor,
+    seen: Seen,
+    spliced: Seen | None,
+    targets: dict[str, Tensor],
     noise: Noise,
-    recipe: Literal["official", "corrected"],
-) -> dict[str, Term]:
+    settings: Settings,
+) -> Supervised:
     """Cross-entropy on the attended feature, or on the plain one of a network without (METHOD.md 4, 8)."""
-    feature = features["Mixed_5c"]
-    if maps:
-        over: Literal["batch", "sample"] = "batch" if recipe == "official" else "sample"
-        feature = attend(feature, maps["Mixed_5c"], over)
+    assert spliced is None, "a matter of detection"
+    feature, labels = seen.features["Mixed_5c"], targets["labels"]
+    if seen.maps:
+        over: Literal["batch", "sample"] = "batch" if settings.recipe == "official" else "sample"
+        feature = attend(feature, seen.maps["Mixed_5c"], over)
     keep = noise.keep(network.dropout_shape(len(labels)), network.dropout)
-    return {"classification": Term(1.0, classification_loss(network.logits(feature, keep), labels, recipe))}
+    loss = classification_loss(network.logits(feature, keep), labels, settings.recipe)
+    return Supervised({"classification": Term(1.0, loss)})

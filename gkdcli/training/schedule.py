@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from gkdcli.data.clips import Keys
+from gkdcli.data.batches import Keys
 from gkdcli.data.loader import training_order
 from gkdcli.settings import OptimSettings
 from gkdcli.training.optim import rate_factor
@@ -39,17 +39,26 @@ class Schedule:
         parts: the passes of an epoch, as the numbers that seeds know them by.
         seed: of the order.
         optim: settings.
+        drop_last: a last batch that is not full is left out, as detection does.
     """
 
     clips: int
     parts: tuple[int, ...]
     seed: int
     optim: OptimSettings
+    drop_last: bool = False
 
     @property
     def batches(self) -> int:
         """Of one pass."""
+        if self.drop_last:
+            return self.clips // self.optim.batch_size
         return -(-self.clips // self.optim.batch_size)
+
+    @property
+    def clips_seen(self) -> int:
+        """In one pass."""
+        return self.batches * self.optim.batch_size if self.drop_last else self.clips
 
     @property
     def steps_per_epoch(self) -> int:
@@ -101,6 +110,6 @@ class Schedule:
         while step < last_step:
             epoch, part, batch = self.spot(step)
             order = training_order(self.clips, self.optim.batch_size, self.seed, epoch, part)
-            chosen = order[batch:][: last_step - step]
+            chosen = order[batch : self.batches][: last_step - step]
             yield from chosen
             step += len(chosen)

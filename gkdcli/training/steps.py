@@ -23,6 +23,25 @@ class Term(NamedTuple):
     value: Tensor
 
 
+class Seen(NamedTuple):
+    """What a network makes of clips: features (B, C, T', H, W) and attention maps (B, C, T'), by tap."""
+
+    features: dict[str, Tensor]
+    maps: dict[str, Tensor]
+
+
+class Supervised(NamedTuple):
+    """What a task adds to a step.
+
+    Args:
+        terms: of its own losses.
+        generated_like: what generated features are compared with; None for the features themselves.
+    """
+
+    terms: dict[str, Term]
+    generated_like: dict[str, Tensor] | None = None
+
+
 @dataclass
 class Networks:
     """Everything in play.
@@ -42,7 +61,8 @@ class Networks:
     forward: Forward = field(default_factory=Forward)
 
 
-Supervised = Callable[[dict[str, Tensor], dict[str, Tensor], Noise], dict[str, Term]]
+# of the clips, and of their spliced versions where there are any (METHOD.md 5)
+Supervise = Callable[[Seen, Seen | None, Noise], Supervised]
 
 
 def total(terms: dict[str, Term]) -> Tensor:
@@ -51,20 +71,16 @@ def total(terms: dict[str, Term]) -> Tensor:
 
 
 def generator_terms(
-    networks: Networks,
-    features: dict[str, Tensor],
-    maps: dict[str, Tensor],
-    noise: Noise,
-    settings: DistillSettings,
+    networks: Networks, seen: Seen, noise: Noise, settings: DistillSettings
 ) -> dict[str, Term]:
     """Stage 1: the CVAE loss, and generative distillation where there is a teacher.
 
-    Both CVAEs are fed the student's features (B, C, T', H, W) and maps (B, C, T'), detached here; each draws
-    its own noise, the student's taps first.
+    Both CVAEs are fed what the student has `seen`, detached here; each draws its own noise, the student's
+    taps first.
     """
     assert networks.generators is not None
-    features = {tap: feature.detach() for tap, feature in features.items()}
-    maps = {tap: attention.detach() for tap, attention in maps.items()}
+    features = {tap: feature.detach() for tap, feature in seen.features.items()}
+    maps = {tap: attention.detach() for tap, attention in seen.maps.items()}
     terms: dict[str, Term] = {}
     rebuilt = {}
     for tap, generator in networks.generators.items():
@@ -87,12 +103,12 @@ def generator_terms(
 def network_terms(
     networks: Networks,
     clips: Tensor,
-    features: dict[str, Tensor],
-    maps: dict[str, Tensor],
+    seen: Seen,
     noise: Noise,
     ramp: float,
     settings: DistillSettings,
-    supervised: Supervised,
+    supervise: Supervise,
+    spliced: Tensor | None = None,
 ) -> dict[str, Term]:
     """Stage 2: the task, the error of the generated feature, and attention distillation.
 
@@ -102,33 +118,37 @@ def network_terms(
     Args:
         networks: all in play.
         clips: (B, C, T, H, W), normalised; the teacher sees the same clip.
-        features: the student's, with gradient.
-        maps: likewise.
+        seen: by the student, with gradient.
         noise: of this batch.
         ramp: min(epoch, ramp epochs) / ramp epochs.
         settings: the weights.
-        supervised: the task's own terms.
+        supervise: the task's own terms.
+        spliced: clips of detection with background spliced in, normalised; those of some of `clips` only.
     """
-    terms = supervised(features, maps, noise)
+    more = None if spliced is None else see(networks.forward, networks.student, spliced)
+    terms, generated_like = supervise(seen, more, noise)
     generators: Any = networks.generators or {}
-    for tap, generator in generators.items():
-        generated = networks.forward(generator.generate, maps[tap], noise.normal(_latent(maps[tap])))
-        value = losses.reconstruction_error(generated, features[tap])
+    for tap, generator in reversed(generators.items()):
+        attention = seen.maps[tap]
+        generated = networks.forward(generator.generate, attention, noise.normal(_latent(attention)))
+        value = losses.reconstruction_error(generated, (generated_like or seen.features)[tap])
         terms[f"reconstruction.{tap}"] = Term(settings.reconstruction_weight * ramp, value)
-    if networks.teacher is not None and maps:
-        with torch.no_grad():
-            theirs = networks.forward.features(networks.teacher, clips)
-            wanted_maps = attention_maps(networks.forward, networks.teacher, theirs)
-        for tap, attention in maps.items():
-            value = losses.attention_distillation(attention, wanted_maps[tap])
-            terms[f"attention_distillation.{tap}"] = Term(settings.beta, value)
+    if networks.teacher is not None and seen.maps:
+        for name, shown, ours in (("", clips, seen), (".spliced", spliced, more)):
+            if shown is None or ours is None:
+                continue
+            with torch.no_grad():
+                theirs = see(networks.forward, networks.teacher, shown)
+            for tap, attention in ours.maps.items():
+                value = losses.attention_distillation(attention, theirs.maps[tap])
+                terms[f"attention_distillation.{tap}{name}"] = Term(settings.beta, value)
     return terms
 
 
-def attention_maps(forward: Forward, network: Any, features: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The maps (B, C, T') of a network's features by tap."""
-    maps: dict[str, Tensor] = forward(lambda: network.attend(features))
-    return maps
+def see(forward: Forward, network: Any, clips: Tensor) -> Seen:
+    """Runs backbone and attention on normalised clips (B, C, T, H, W)."""
+    features = forward.features(network, clips)
+    return Seen(features, forward(lambda: network.attend(features)))
 
 
 @contextlib.contextmanager

@@ -13,8 +13,9 @@ from lightning_fabric import Fabric
 from torch import Tensor
 
 from gkdcli.console import Console, Ticker
-from gkdcli.data.clips import ClipDataset, normalise
-from gkdcli.data.loader import ClipBatch, load, lost_worker
+from gkdcli.data.batches import ClipBatch, Clips, splice
+from gkdcli.data.clips import normalise
+from gkdcli.data.loader import load, lost_worker
 from gkdcli.errors import Interrupted
 from gkdcli.losses.distill import ramp
 from gkdcli.runs import Run
@@ -25,11 +26,13 @@ from gkdcli.training.noise import Noise
 from gkdcli.training.schedule import GENERATOR, Schedule, passes
 from gkdcli.training.steps import (
     Networks,
+    Seen,
+    Supervised,
     Term,
-    attention_maps,
     generator_terms,
     held_statistics,
     network_terms,
+    see,
     total,
 )
 from gkdcli.training.stopping import StopRequest, not_finite, out_of_memory
@@ -44,13 +47,13 @@ class SupervisedTerms(Protocol):
     def __call__(
         self,
         network: Any,
-        features: dict[str, Tensor],
-        maps: dict[str, Tensor],
-        labels: Tensor,
+        seen: Seen,
+        spliced: Seen | None,
+        targets: dict[str, Tensor],
         noise: Noise,
-        recipe: Any,
-    ) -> dict[str, Term]:
-        """Name -> term."""
+        settings: Settings,
+    ) -> Supervised:
+        """See the tasks."""
 
 
 @dataclass
@@ -62,6 +65,7 @@ class Job:
         settings: the resolved page.
         dataset: training views.
         supervised: the task's terms.
+        score: what `validate` gives, for example `top1`.
         validate: score on the held-out clips, higher is better; None where nothing is held out.
         warm_up: two validation batches, run before step 1.
         resume_command: what the user types to go on.
@@ -69,8 +73,9 @@ class Job:
 
     networks: Networks
     settings: Settings
-    dataset: ClipDataset
+    dataset: Clips
     supervised: SupervisedTerms
+    score: str
     validate: Callable[[], float] | None
     warm_up: Callable[[], None]
     resume_command: str
@@ -110,7 +115,8 @@ class Trainer:
         both = networks.generators is not None
         self.shared = both and settings.train.schedule == "step"  # one student forward serves both stages
         parts = passes(both, settings.train.schedule)
-        self.schedule = Schedule(len(job.dataset), parts, settings.train.seed, settings.optim)
+        drop = settings.task == "detection"  # as published (METHOD.md 4)
+        self.schedule = Schedule(len(job.dataset), parts, settings.train.seed, settings.optim, drop)
         self.position = Position()
         self._stop = StopRequest(console)
         self._saved = 0.0  # when, by the monotonic clock
@@ -151,7 +157,7 @@ class Trainer:
         """One step, and what is due after it; True where the optimiser moved."""
         closed = self.schedule.closes(self.schedule.spot(self.position.step).batch)
         values = self._step(batch)
-        self._log(values, len(batch.videos))
+        self._log(values, len(batch.samples))
         self.position.step += 1
         if self.position.step % self.schedule.steps_per_epoch == 0:
             self._end_epoch()
@@ -176,9 +182,9 @@ class Trainer:
     def _step(self, batch: ClipBatch) -> Values:
         settings, networks, student = self.job.settings, self.job.networks, self.job.networks.student
         spot = self.schedule.spot(self.position.step)
-        noise = Noise(settings.train.seed, spot.epoch, spot.part, batch.videos, self.fabric.device)
-        clips = normalise(self.fabric.to_device(batch.clips), settings.clips)
-        labels = self.fabric.to_device(batch.labels)
+        noise = Noise(settings.train.seed, spot.epoch, spot.part, batch.samples, self.fabric.device)
+        targets = {name: self.fabric.to_device(value) for name, value in batch.targets.items()}
+        clips = normalise(self.fabric.to_device(batch.clips), settings.clips, targets.get("frames"))
         self._set_rates()
         if not student.training:  # validation has changed that
             student.train()
@@ -186,39 +192,31 @@ class Trainer:
             # the official code moves the running statistics here too (METHOD.md 8 (10))
             official = settings.recipe == "official"
             with torch.no_grad(), contextlib.nullcontext() if official else held_statistics(student):
-                features, maps = self._seen(clips)
-            return self._generator_stage(features, maps, noise, batch)
-        features, maps = self._seen(clips)
-        before = self._generator_stage(features, maps, noise, batch) if self.shared else {}
+                seen = see(networks.forward, student, clips)
+            return self._generator_stage(seen, noise, batch)
+        seen = see(networks.forward, student, clips)
+        before = self._generator_stage(seen, noise, batch) if self.shared else {}
         if networks.generators is not None:
             networks.generators.requires_grad_(False)
         terms = network_terms(
             networks,
             clips,
-            features,
-            maps,
+            seen,
             noise,
             ramp(spot.epoch, settings.distill.ramp_epochs or settings.optim.epochs),
             settings.distill,
-            lambda f, m, n: self.job.supervised(student, f, m, labels, n, settings.recipe),
+            lambda ours, more, n: self.job.supervised(student, ours, more, targets, n, settings),
+            splice(clips, targets) if settings.distill.contrast_weight else None,
         )
         values = self._descend(terms, self.optimizer, batch)
         return before | values | {"loss": before.get("loss", 0.0) + values["loss"]}
 
-    def _seen(self, clips: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """The student's features and attention maps by tap."""
-        forward, student = self.job.networks.forward, self.job.networks.student
-        features = forward.features(student, clips)
-        return features, attention_maps(forward, student, features)
-
-    def _generator_stage(
-        self, features: dict[str, Tensor], maps: dict[str, Tensor], noise: Noise, batch: ClipBatch
-    ) -> Values:
+    def _generator_stage(self, seen: Seen, noise: Noise, batch: ClipBatch) -> Values:
         networks = self.job.networks
         assert networks.generators is not None
         assert self.generator_optimizer is not None
         networks.generators.requires_grad_(True)
-        terms = generator_terms(networks, features, maps, noise, self.job.settings.distill)
+        terms = generator_terms(networks, seen, noise, self.job.settings.distill)
         return self._descend(terms, self.generator_optimizer, batch)
 
     def _descend(self, terms: dict[str, Term], optimizer: torch.optim.Optimizer, batch: ClipBatch) -> Values:
@@ -228,8 +226,7 @@ class Trainer:
         found = torch.stack([*(term.value.detach() for term in terms.values()), loss.detach()])
         values = dict(zip((*terms, "loss"), found.tolist(), strict=True))
         if not torch.isfinite(found).all():
-            rows = self.job.dataset.store.videos
-            names = [f"{rows[video].class_name}/{rows[video].name}" for video in batch.videos]
+            names = [self.job.dataset.name_of(sample) for sample in batch.samples]
             kept = self.run.last if self.run.last.is_file() else None
             raise not_finite(values, self._moment(), names, self.job.settings, kept)
         self.fabric.backward(loss * self.schedule.share(spot.batch))
@@ -270,17 +267,18 @@ class Trainer:
         """Means over the epoch's clips, validation, and a checkpoint."""
         position, epoch = self.position, self.epoch - 1
         # a term belongs to one pass, and every clip comes once in a pass
-        means = {name: value / self.schedule.clips for name, value in position.sums.items()}
+        means = {name: value / self.schedule.clips_seen for name, value in position.sums.items()}
         entry: dict[str, Any] = {"epoch": epoch, "mean": means}
         position.sums = {}
         if self.job.validate is not None:
-            score = entry["held_out_top1"] = self.job.validate()
+            score = entry[f"held_out_{self.job.score}"] = self.job.validate()
             if position.best is None or score >= position.best:
                 position.best, position.best_epoch = score, epoch
                 checkpoint.save_best(self._state(), self.run, self.job.resume_command)
         metrics.append(self.run.metrics, entry)
         text = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
-        held = f", held-out top-1 {entry['held_out_top1']:.3f}" if "held_out_top1" in entry else ""
+        name = f"held_out_{self.job.score}"
+        held = f", held-out {self.job.score} {entry[name]:.3f}" if name in entry else ""
         self.run.log(f"epoch {epoch}: {text}{held}")
         self.console.detail(f"epoch {epoch}: {text}{held}")
         self.run.update(progress=self._progress())
@@ -299,7 +297,7 @@ class Trainer:
             "epochs": epochs,
             "step": self.position.step,
             "best_epoch": self.position.best_epoch or None,
-            "best_held_out_top1": self.position.best,
+            f"best_held_out_{self.job.score}": self.position.best,
         }
 
     def _moment(self) -> str:

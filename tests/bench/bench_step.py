@@ -21,6 +21,7 @@ from types import SimpleNamespace
 import torch
 from lightning_fabric import Fabric
 
+from gkdcli.data.batches import ClipBatch
 from gkdcli.data.clips import normalise
 from gkdcli.models.network import build_cvae
 from gkdcli.resolve import resolve
@@ -51,11 +52,15 @@ class Iteration:
         self.teacher = teacher.backbone
         networks = Networks(student, build_cvae(student), teacher, build_cvae(teacher))
         job = SimpleNamespace(
-            networks=networks, settings=page, dataset=[0], supervised=recognition.supervised_terms
+            networks=networks,
+            settings=page,
+            dataset=[0],
+            supervised=recognition.supervised_terms,
+            score="top1",
         )
         self.trainer = Trainer(job, None, None, Fabric(accelerator="cpu", devices=1))
         clip = torch.randint(0, 256, (1, 3, page.clips.length, page.clips.crop, page.clips.crop))
-        self.batch = SimpleNamespace(clips=clip.to(torch.uint8), labels=torch.tensor([10]), videos=[0])
+        self.batch = ClipBatch(clip.to(torch.uint8), {"labels": torch.tensor([10])}, [0])
         self.clip = normalise(self.batch.clips, page.clips)
 
     def __call__(self) -> dict[str, float]:

@@ -53,7 +53,7 @@ def test_batch_size_and_order_do_not_change_a_clip(store):
     found: dict[int, torch.Tensor] = {}
     for size in (1, 4, 9):
         for batch in load(dataset, training_order(9, size, size, 1, 1), workers=0):
-            for clip, video in zip(batch.clips, batch.videos, strict=True):
+            for clip, video in zip(batch.clips, batch.samples, strict=True):
                 assert torch.equal(found.setdefault(video, clip), clip)
     assert len(found) == 9
 
@@ -72,8 +72,8 @@ def test_workers_read_the_same_batches_and_leave_stopping_to_their_parent(store)
     batches.close()
     assert multiprocessing.active_children() == [], "a closed loader leaves no process behind"
     for ours, theirs in zip(found, alone, strict=True):
-        assert ours.videos == theirs.videos
-        assert torch.equal(ours.labels, theirs.labels)
+        assert ours.samples == theirs.samples
+        assert torch.equal(ours.targets["labels"], theirs.targets["labels"])
         assert torch.equal(ours.clips, theirs.clips)
 
 
@@ -83,7 +83,7 @@ def test_an_error_in_a_worker_arrives_as_it_is_and_the_worker_goes(tmp_path: Pat
     part.write_bytes(part.read_bytes()[:2000])
     dataset = ClipDataset(store, range(8), CLIPS, "corrected", seed=None)
     batches = load(dataset, test_order(8, 2), workers=1)
-    assert next(batches).videos == [0, 1]
+    assert next(batches).samples == [0, 1]
     with pytest.raises(GkdError, match="damaged") as caught:
         list(batches)
     assert "v5" in caught.value.where

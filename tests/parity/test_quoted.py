@@ -13,7 +13,7 @@ from gkdcli.models.recognizer import Recognizer
 from gkdcli.models.weights import fit
 from gkdcli.settings import Settings
 from gkdcli.tasks.recognition import supervised_terms
-from gkdcli.training.steps import Networks, generator_terms, network_terms, total
+from gkdcli.training.steps import Networks, generator_terms, network_terms, see, total
 from tests.parity.golden import filled
 
 # Ours -> official, for the student's tensors.
@@ -93,21 +93,20 @@ class QuotedNoise:
 def test_terms_of_one_distillation_step_of_the_published_code():
     """Both stages on one clip, batch norm by the clip; gradients need the golden files and more memory."""
     page, noise, clip = Settings(recipe="official"), QuotedNoise(), recorded_clip(106)
+    label = {"labels": torch.tensor([10])}
     networks = Networks(*(student := built("top-i3d", "")), *built("i3d", "teacher:"))
     student[0].train()
     with torch.no_grad():
-        features = networks.student.features(clip)
-        maps = networks.student.attend(features)
-        first = generator_terms(networks, features, maps, noise, page.distill)
+        seen = see(networks.forward, networks.student, clip)
+        first = generator_terms(networks, seen, noise, page.distill)
         second = network_terms(
             networks,
             clip,
-            features,
-            maps,
+            seen,
             noise,
             ramp(5, page.distill.ramp_epochs),
             page.distill,
-            lambda f, m, n: supervised_terms(networks.student, f, m, torch.tensor([10]), n, page.recipe),
+            lambda ours, _, n: supervised_terms(networks.student, ours, None, label, n, page),
         )
     found = {name.split(".")[0]: term.value.item() for name, term in (first | second).items()}
     assert found.pop("cvae_reconstruction") + found.pop("cvae_kl") == pytest.approx(0.8643842, rel=1e-4)

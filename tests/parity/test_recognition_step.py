@@ -12,6 +12,7 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
+from gkdcli.data.batches import ClipBatch
 from gkdcli.losses.distill import ramp
 from gkdcli.models.network import build_cvae
 from gkdcli.models.recognizer import Recognizer
@@ -19,7 +20,7 @@ from gkdcli.resolve import resolve
 from gkdcli.settings import Settings
 from gkdcli.tasks import recognition
 from gkdcli.training import trainer
-from gkdcli.training.steps import Networks, Term, generator_terms, network_terms, total
+from gkdcli.training.steps import Networks, Term, generator_terms, network_terms, see, total
 from tests.parity.golden import (
     Findings,
     RecordedNoise,
@@ -152,9 +153,8 @@ def test_one_step(precision):
     student = networks.student
 
     with torch.no_grad():
-        features = student.features(clip)
-        maps = student.attend(features)
-    first = generator_terms(networks, features, maps, noise, page.distill)
+        seen = see(networks.forward, student, clip)
+    first = generator_terms(networks, seen, noise, page.distill)
     total(first).backward()
     keys = cvae_keys("student")
     compare_gradients(found, figures, exact, "stage1", gradients(networks.generators, keys))
@@ -164,19 +164,17 @@ def test_one_step(precision):
     assert_no_gradients(networks.teacher_generators)
     networks.teacher_generators = None  # stage 2 has no use for it
 
-    features = student.features(clip)
-    maps = student.attend(features)
+    seen = see(networks.forward, student, clip)
     second = network_terms(
         networks,
         clip,
-        features,
-        maps,
+        seen,
         noise,
         ramp(int(figures["epoch"]), page.distill.ramp_epochs),
         page.distill,
-        lambda f, m, n: recognition.supervised_terms(student, f, m, label, n, page.recipe),
+        lambda ours, _, n: recognition.supervised_terms(student, ours, None, {"labels": label}, n, page),
     )
-    del features, maps
+    del seen
     total(second).backward()
     ours = gradients(student, shapes(NETWORK_KEYS["student"]))
     compare_gradients(found, figures, exact, "stage2", ours)
@@ -211,13 +209,13 @@ def test_four_steps(monkeypatch):
         return draws[-1]
 
     monkeypatch.setattr(trainer, "Noise", noise)
-    monkeypatch.setattr(trainer, "normalise", lambda clips, settings: clips)
+    monkeypatch.setattr(trainer, "normalise", lambda clips, settings, frames: clips)
     page = page.model_copy(update={"optim": page.optim.model_copy(update={"batch_size": 1})})
     job = SimpleNamespace(
         networks=networks, settings=page, dataset=[0], supervised=recognition.supervised_terms
     )
     work = trainer.Trainer(job, None, None, Fabric(accelerator="cpu", devices=1))
-    batch = SimpleNamespace(clips=clip, labels=label, videos=[0])
+    batch = ClipBatch(clip, {"labels": label}, [0])
     found = Findings("06_trajectory_recognition")
     for number in range(4):
         values = {}

@@ -8,7 +8,9 @@ import torch
 from gkdcli.losses.distill import classification_loss
 from gkdcli.models.attention import attend
 from gkdcli.tasks.recognition import build_network, supervised_terms
+from gkdcli.training.forward import Forward
 from gkdcli.training.noise import Noise
+from gkdcli.training.steps import see
 from tests.training.jobs import page
 
 LABELS = torch.tensor([1, 0])
@@ -26,10 +28,10 @@ def network():
 
 
 def terms(network, clips, recipe, labels=LABELS, dropout_noise=None):
-    features = network.features(clips)
+    seen = see(Forward(), network, clips)
     noise = dropout_noise or Noise(0, 1, 1, range(len(labels)))
-    found = supervised_terms(network, features, network.attend(features), labels, noise, recipe)
-    return found, features["Mixed_5c"]
+    found = supervised_terms(network, seen, None, {"labels": labels}, noise, page(recipe=recipe))
+    return found.terms, seen.features["Mixed_5c"]
 
 
 @pytest.mark.parametrize(("role", "kind"), [("teacher", "i3d"), ("student", "top-i3d")])

@@ -92,6 +92,7 @@ def trainer_of(
         settings,
         ClipDataset(store, range(len(store.videos)), settings.clips, settings.recipe, settings.train.seed),
         supervised,
+        score="top1",
         validate=validate,
         warm_up=lambda: None,
         resume_command="gkd distill tiny --resume",

@@ -26,14 +26,14 @@ from gkdcli.training.forward import Forward
 from gkdcli.training.noise import Noise
 from gkdcli.training.steps import (
     Networks,
-    attention_maps,
     generator_terms,
     held_statistics,
     network_terms,
+    see,
 )
 from tests.training.jobs import metrics_of, networks, page, settle, store_of, trainer_of
 
-LABELS = torch.tensor([0, 1, 2, 1])
+LABELS = {"labels": torch.tensor([0, 1, 2, 1])}
 PAIRS = [("i3d", "top-i3d"), ("s3d", "mc3_18")]
 
 
@@ -55,8 +55,7 @@ def in_play(pair: tuple[str, str], **changes) -> tuple:
 def outputs(played: Networks, clips: Tensor) -> dict[str, Tensor]:
     """Of the student: features, maps, logits."""
     with torch.no_grad(), held_statistics(played.student):
-        features = played.forward.features(played.student, clips)
-        maps = attention_maps(played.forward, played.student, features)
+        features, maps = see(played.forward, played.student, clips)
         logits = played.student.logits(features["Mixed_5c"])
     return {"feature": features["Mixed_5c"], "map": maps["Mixed_5c"], "logits": logits}
 
@@ -65,19 +64,17 @@ def terms(played: Networks, clips: Tensor, settings) -> dict[str, float]:
     """The loss terms of both stages of a step, in training mode."""
     student = played.student.train()
     with torch.no_grad(), held_statistics(student):
-        features = played.forward.features(student, clips)
-        maps = attention_maps(played.forward, student, features)
+        seen = see(played.forward, student, clips)
         noise = [Noise(0, 1, part, range(4), torch.device("cpu")) for part in (0, 1)]
-        found = generator_terms(played, features, maps, noise[0], settings.distill)
+        found = generator_terms(played, seen, noise[0], settings.distill)
         found |= network_terms(
             played,
             clips,
-            features,
-            maps,
+            seen,
             noise[1],
             0.5,
             settings.distill,
-            lambda f, m, n: recognition.supervised_terms(student, f, m, LABELS, n, "corrected"),
+            lambda ours, _, n: recognition.supervised_terms(student, ours, None, LABELS, n, settings),
         )
     assert {term.value.dtype for term in found.values()} == {torch.float32}
     return {name: float(term.value.detach()) for name, term in found.items()}

@@ -15,7 +15,7 @@ from gkdcli.data.loader import ClipBatch, load
 from gkdcli.losses.distill import ramp
 from gkdcli.tasks import recognition
 from gkdcli.training.noise import Noise
-from gkdcli.training.steps import Networks, generator_terms, held_statistics, network_terms, total
+from gkdcli.training.steps import Networks, generator_terms, held_statistics, network_terms, see, total
 from tests.training.jobs import TERMS, changed, copied, networks, page, store_of, trainer_of
 
 SETTINGS = page(distill__generative_weight=0.02, distill__kl_weight=0.3, model__dropout=0.4)
@@ -39,7 +39,7 @@ def clips() -> Tensor:
     return normalise(pixels, SETTINGS.clips)
 
 
-LABELS = torch.tensor([0, 2, 1])
+LABELS = {"labels": torch.tensor([0, 2, 1])}
 
 
 def noise() -> Noise:
@@ -48,18 +48,17 @@ def noise() -> Noise:
 
 def both_stages(played: Networks, clips: Tensor, recipe: str = "corrected") -> tuple[dict, dict]:
     draws = noise()
-    features = played.student.features(clips)
-    maps = played.student.attend(features)
-    first = generator_terms(played, features, maps, draws, SETTINGS.distill)
+    settings = SETTINGS.model_copy(update={"recipe": recipe})
+    seen = see(played.forward, played.student, clips)
+    first = generator_terms(played, seen, draws, SETTINGS.distill)
     second = network_terms(
         played,
         clips,
-        features,
-        maps,
+        seen,
         draws,
         ramp(3, 4),
         SETTINGS.distill,
-        lambda f, m, n: recognition.supervised_terms(played.student, f, m, LABELS, n, recipe),
+        lambda ours, _, n: recognition.supervised_terms(played.student, ours, None, LABELS, n, settings),
     )
     return first, second
 
@@ -102,7 +101,7 @@ def test_terms_are_the_published_formulas(played, clips, recipe):
     keep = draws.keep(student.dropout_shape(3), 0.4)
     logits = student.logits(attended, keep)  # (B, classes, T - 1)
     cross = []
-    for sample, label in zip(logits, LABELS, strict=True):
+    for sample, label in zip(logits, LABELS["labels"], strict=True):
         scores = sample.softmax(0).sum(1) if recipe == "official" else sample.mean(1)
         cross.append(-math.log(float(scores.exp()[label] / scores.exp().sum())))
     generated = played.generators[TAP].decoder(prior + eps(), a)
@@ -186,16 +185,15 @@ def test_reconstruction_reaches_the_attention_through_the_frozen_cvae(played, cl
 
 def test_the_plain_student_has_the_task_loss_alone(clips):
     student = recognition.build_network(SETTINGS, "student", 3, "rgb", attention=False)
-    features = student.features(clips)
+    played = Networks(student)
     terms = network_terms(
-        Networks(student),
+        played,
         clips,
-        features,
-        student.attend(features),
+        see(played.forward, student, clips),
         noise(),
         1.0,
         SETTINGS.distill,
-        lambda f, m, n: recognition.supervised_terms(student, f, m, LABELS, n, "corrected"),
+        lambda ours, _, n: recognition.supervised_terms(student, ours, None, LABELS, n, SETTINGS),
     )
     assert list(terms) == ["classification"]
 
