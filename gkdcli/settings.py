@@ -341,6 +341,7 @@ STAGES = {
     "export": "export",
     "import": "import",
 }
+Role = Literal["teacher", "student"]
 CHANNELS = {"rgb": 3, "flow": 2}
 MODALITIES = tuple(CHANNELS)
 SECTIONS = tuple(

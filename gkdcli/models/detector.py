@@ -176,7 +176,7 @@ class Head(nn.Module):
         levels = self._levels(features)
         frame = self._frame(levels[0])
         found, boundaries = [], []
-        for level, centres in enumerate(self.priors.split([self.frames // s for s in STRIDES])):
+        for level, centres in enumerate(torch.split(self.priors, [self.frames // s for s in STRIDES])):
             loc_feature, conf_feature = self.loc_tower(levels[level]), self.conf_tower(levels[level])
             loc = torch.exp(self.loc_head(loc_feature) * self.loc_scales[level]).transpose(1, 2)
             segments = level_segments(loc, centres, self.frames), frame_segments(loc, centres, self.frames)

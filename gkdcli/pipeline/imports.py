@@ -25,7 +25,7 @@ from gkdcli.models.weights import Fit, load_tensors, require_fit, save_tensors, 
 from gkdcli.resolve import to_toml
 from gkdcli.result import Result
 from gkdcli.runs import SCHEMA, Place, Run, version
-from gkdcli.settings import CHANNELS, Settings
+from gkdcli.settings import CHANNELS, Role, Settings
 from gkdcli.tasks import recognition
 from gkdcli.tasks.trained import ROLE
 
@@ -46,7 +46,7 @@ class Entry:
     """
 
     path: Path
-    role: recognition.Role
+    role: Role
     settings: Settings
     record: dict[str, Any]
     tensors: dict[str, Tensor]
@@ -180,10 +180,10 @@ def _used(fitted: Fit) -> Fit:
     return Fit(fitted.loaded, fitted.missing, [], fitted.wrong_shape)
 
 
-def _role_by_kind(place: Place, contents: Contents, found: Found, model: str | None) -> recognition.Role:
+def _role_by_kind(place: Place, contents: Contents, found: Found, model: str | None) -> Role:
     """Teacher and student are told apart by the time extents of their kernels."""
     kind, page = backbone_kind(found), place.settings.model
-    kinds: dict[recognition.Role, str] = {"teacher": page.teacher, "student": page.student}
+    kinds: dict[Role, str] = {"teacher": page.teacher, "student": page.student}
     fitting = [role for role in kinds if kinds[role] == kind and model in (None, role)]
     if len(fitting) == 1:
         return fitting[0]
@@ -203,12 +203,10 @@ def _role_by_kind(place: Place, contents: Contents, found: Found, model: str | N
     )
 
 
-def _role_of_generators(
-    place: Place, contents: Contents, found: Found, model: str | None
-) -> recognition.Role:
+def _role_of_generators(place: Place, contents: Contents, found: Found, model: str | None) -> Role:
     """Told by the idle 4f branch only: it has the feature's size in the teacher's, 6x6 in the student's."""
     side, given = -(-place.settings.clips.crop // TAP_STRIDES["Mixed_4f"][1]), kernel(found, "4f")
-    told: recognition.Role | None = None
+    told: Role | None = None
     if given is not None and side != 6:
         told = "teacher" if given == side else "student" if given == 6 else None
     if model is None and told is None:
@@ -277,7 +275,7 @@ def _report(contents: Contents, found: Found, fitted: Fit, module: nn.Module) ->
 
 def _record(
     place: Place,
-    role: recognition.Role,
+    role: Role,
     plain: bool,
     names: list[str] | None,
     classes: int,

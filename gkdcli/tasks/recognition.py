@@ -9,11 +9,9 @@ from torch import Tensor
 from gkdcli.losses.distill import classification_loss
 from gkdcli.models.attention import attend
 from gkdcli.models.recognizer import Recognizer
-from gkdcli.settings import CHANNELS, Settings
+from gkdcli.settings import CHANNELS, Role, Settings
 from gkdcli.training.noise import Noise
 from gkdcli.training.steps import Seen, Supervised, Term
-
-Role = Literal["teacher", "student"]
 
 
 def build_network(

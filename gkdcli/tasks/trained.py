@@ -19,10 +19,10 @@ from gkdcli.models.recognizer import Recognizer
 from gkdcli.models.video_backbones import related
 from gkdcli.models.weights import Fit, fit, init_student, load_tensors, require_fit
 from gkdcli.runs import Run
-from gkdcli.settings import CHANNELS, Settings
+from gkdcli.settings import CHANNELS, Role, Settings
 from gkdcli.tasks import recognition
 
-ROLE: dict[str, recognition.Role] = {"pretrain": "teacher", "distill": "student"}
+ROLE: dict[str, Role] = {"pretrain": "teacher", "distill": "student"}
 
 
 def rebuild(run: Run) -> Recognizer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -27,25 +26,20 @@ from tests.parity.golden import (
     fill,
     gradients,
     needs_golden,
-    norm,
-    official_name,
-    projection,
     recorded,
-    sample,
     script,
     shapes,
+)
+from tests.parity.steps import (
+    PRECISE,
+    assert_no_gradients,
+    compare_gradients,
+    compare_parameters,
+    two_threads,  # noqa: F401 - a fixture
 )
 
 pytestmark = [needs_golden, pytest.mark.heavy]
 NETWORK_KEYS = {who: f"rec_{who}_in3_cls101" for who in ("teacher", "student")}
-
-
-@pytest.fixture(autouse=True)
-def two_threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
 
 
 def official_page() -> Settings:
@@ -100,42 +94,6 @@ def scalars(first: dict[str, Term], second: dict[str, Term]) -> dict[str, float]
         "loss_cvae_KD_val": one["generative_distillation.Mixed_5c"],
         "loss_KD_val": two["attention_distillation.Mixed_5c"],
     }
-
-
-PRECISE = 1e-9  # in float64 nothing but another order of additions is left
-
-
-def compare_gradients(
-    found: Findings,
-    figures: dict[str, np.ndarray],
-    exact: dict[str, np.ndarray],
-    stage: str,
-    ours: dict[str, Tensor],
-) -> None:
-    """Norms against the run of the same precision; samples and projections against float64."""
-    same = figures is exact
-    assert len(ours) == int(figures[f"{stage}/n_params_with_grad"])
-    wanted = {"l2_all": float(figures[f"{stage}/grad_l2_all"])}
-    got = {"l2_all": norm(ours.values())}
-    for name in figures:
-        if name.startswith(f"{stage}/grad_l2/"):
-            key = name.split("/", 2)[2]
-            wanted[key], got[key] = float(figures[name]), norm([ours[key]])
-            size = float(exact[name])
-            kept = exact[f"{stage}/grad/{key}/sample"]
-            away = np.linalg.norm(sample(ours[key]) - kept) / np.linalg.norm(kept)
-            found.add("gradient samples", f"{stage} {key}", float(away), PRECISE if same else 5e-2)
-            off = abs(projection(key, ours[key]) - float(exact[f"{stage}/grad/{key}/projection"])) / size
-            found.add("gradient projections", f"{stage} {key}", off, PRECISE if same else 5e-2)
-    for key, value in wanted.items():
-        found.add(
-            "gradient norms", f"{stage} {key}", abs(got[key] - value) / value, PRECISE if same else 1e-2
-        )
-
-
-def assert_no_gradients(module: torch.nn.Module) -> None:
-    """The published code leaves gradients in 201 tensors of the teachers (FINDINGS 8)."""
-    assert all(parameter.grad is None for parameter in module.parameters())
 
 
 @pytest.mark.parametrize("precision", ["float32", "float64"])
@@ -243,32 +201,3 @@ def test_four_steps(monkeypatch):
     assert len(draws) == 4
     compare_parameters(found, figures, networks, before)
     found.settle()
-
-
-def compare_parameters(
-    found: Findings,
-    figures: dict[str, np.ndarray],
-    networks: Networks,
-    before: dict[str, dict[str, Tensor]],
-) -> None:
-    summarise = script("make_inputs").summarise
-    modules = {"student": networks.student, "cvae": networks.generators}
-    for name in figures:
-        if not name.endswith("/sample"):
-            continue
-        _, who, key = name.removesuffix("/sample").split("/")
-        if key == "bn_running_var":  # the record does not say of which layer; its values do
-            key = "backbone._model.Mixed_5c.b2b.bn.running_var"
-        ours, began = modules[who].state_dict()[official_name(key)], before[who][official_name(key)]
-        wanted = figures[name].astype(np.float64)
-        got = summarise(ours.numpy(), 64)["sample"].astype(np.float64)
-        start = summarise(began.numpy(), 64)["sample"].astype(np.float64)
-        assert tuple(figures[f"{name.removesuffix('/sample')}/shape"]) == ours.shape
-        found.add(
-            "parameters", f"{who} {key}", float(np.linalg.norm(got - wanted) / np.linalg.norm(wanted)), 1e-3
-        )
-        # the way they went is a thousandth of their size, so it is looked at by itself: the optimisers
-        moved = np.linalg.norm(wanted - start)
-        away = float(np.linalg.norm(got - wanted) / moved)
-        # rounding grows from step to step below, where batch norm magnifies it; float64 steps agree to 1e-13
-        found.add(f"their way, {who}", key, away, 0.25 if who == "student" else 0.05)

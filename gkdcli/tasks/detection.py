@@ -1,0 +1,111 @@
+"""Detection: how its networks are built, its own loss terms, what it predicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from gkdcli.losses.boundary import boundary_contrast, boundary_loss
+from gkdcli.losses.segments import HeadOutputs, Targets, background_loss, segment_losses
+from gkdcli.models.boundary import boundary_max_pool, proposal_segments
+from gkdcli.models.detector import Boundaries, Detector, attended
+from gkdcli.settings import CHANNELS, Role, Settings
+from gkdcli.training.noise import Noise
+from gkdcli.training.steps import Seen, Supervised, Term
+
+LEVEL_WEIGHT = 0.1  # of the boundary terms on the two maps of level 0, beside the frame level's 1
+
+
+def build_network(
+    settings: Settings, role: Role, classes: int, modality: str, attention: bool = True
+) -> Detector:
+    """The teacher or the student of a page; the plain student has no attention (METHOD.md 8)."""
+    network = Detector(
+        settings.model.teacher if role == "teacher" else settings.model.student,
+        classes,
+        length=settings.clips.length,
+        crop=settings.clips.crop,
+        channels=CHANNELS[modality],
+        width=settings.model.width,
+        attention=attention,
+        bn_momentum=settings.model.bn_momentum,
+        channels_last=settings.train.channels_last,
+        recipe=settings.recipe,
+    )
+    network.head.initialise()
+    return network
+
+
+def supervised_terms(
+    network: Detector,
+    seen: Seen,
+    spliced: Seen | None,
+    targets: Mapping[str, Tensor],
+    noise: Noise,
+    settings: Settings,
+) -> Supervised:
+    """All of AFSD's terms on the attended feature, the background's on what attention leaves (METHOD.md 5).
+
+    A network without attention has them on the plain feature, and no background term.
+
+    Args:
+        network: in training mode.
+        seen: of the clips.
+        spliced: of those clips that have a spliced version; None where none has.
+        targets: `segments` (B, M, 2), `labels`, `valid`, `maps` (B, 2, T), `spliced` (B,), `proposals`.
+        noise: not used; nothing is dropped.
+        settings: recipe and weights.
+    """
+    weights, recipe = settings.distill, settings.recipe
+    feature = attended(seen.features, seen.maps, recipe) if seen.maps else seen.features
+    found, boundaries = network.head(feature)
+    truth = Targets(targets["segments"], targets["labels"], targets["valid"])
+    frames, priors = network.head.frames, network.head.priors
+    losses = segment_losses(HeadOutputs(*found), truth, priors, frames, weights.refine_iou, recipe)
+    starts, ends = _boundary_losses(boundaries, targets["maps"])
+    terms = {
+        "location": Term(weights.location_weight, losses.location),
+        "classification": Term(weights.class_weight, losses.classification),
+        "refined_location": Term(weights.location_weight, losses.refined_location),
+        "refined_classification": Term(weights.class_weight, losses.refined_classification),
+        "quality": Term(weights.class_weight, losses.quality),
+        "start": Term(1.0, starts),
+        "end": Term(1.0, ends),
+    }
+    last = feature
+    if seen.maps and weights.background_weight:
+        last = attended(seen.features, {tap: 1 - attention for tap, attention in seen.maps.items()}, recipe)
+        background = background_loss(network.head.class_logits(last), recipe)
+        terms["background"] = Term(weights.background_weight, background)
+    if spliced is not None:
+        last = attended(spliced.features, spliced.maps, recipe) if spliced.maps else spliced.features
+        proposals = targets["proposals"][targets["spliced"]]
+        contrast = _contrast(network.head.boundaries(last), proposals)
+        terms["boundary_contrast"] = Term(weights.contrast_weight, contrast)
+    # the released code has overwritten the features by then (METHOD.md 4, 8 (1))
+    return Supervised(terms, last if recipe == "official" else None)
+
+
+def _boundary_losses(boundaries: Boundaries, maps: Tensor) -> tuple[Tensor, Tensor]:
+    """Of starts and of ends, over the frame-level feature and the two maps of level 0."""
+    totals = [maps.new_zeros(()), maps.new_zeros(())]
+    for weight, feature in zip((1.0, LEVEL_WEIGHT, LEVEL_WEIGHT), boundaries, strict=True):
+        start, end = feature.chunk(2, dim=1)
+        for side, loss in enumerate(boundary_loss(start, end, maps)):
+            totals[side] = totals[side] + weight * loss
+    return totals[0], totals[1]
+
+
+def _contrast(boundaries: Boundaries, proposals: Tensor) -> Tensor:
+    """Triplets of the three proposals (b, 3, 2) of spliced clips, on all three features."""
+    on_frames = proposal_segments(proposals)  # (b, 3, 4)
+    on_level = on_frames / (boundaries.frame.shape[2] // boundaries.location.shape[2])
+    everywhere = torch.ones(len(proposals), dtype=torch.bool, device=proposals.device)
+    total = proposals.new_zeros(())
+    for weight, feature, segments in zip(
+        (1.0, LEVEL_WEIGHT, LEVEL_WEIGHT), boundaries, (on_frames, on_level, on_level), strict=True
+    ):
+        total = total + weight * boundary_contrast(boundary_max_pool(feature, segments), everywhere)
+    return total
