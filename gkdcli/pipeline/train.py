@@ -11,17 +11,15 @@ import torch
 from lightning_fabric import Fabric
 
 from gkdcli.console import Console
-from gkdcli.data.clips import ClipDataset, hold_out, require_channels
+from gkdcli.data.batches import Clips
+from gkdcli.data.clips import hold_out, require_channels
 from gkdcli.data.store import Store
 from gkdcli.errors import GkdError
-from gkdcli.evaluation.predict import predict
-from gkdcli.evaluation.scores import class_scores
 from gkdcli.files import free_bytes
 from gkdcli.models.cost import cost
 from gkdcli.models.kinetics import PUBLIC, start_backbone, told
 from gkdcli.models.layers import initialise
 from gkdcli.models.network import build_cvae
-from gkdcli.models.recognizer import Recognizer
 from gkdcli.pipeline.download import fetch, weights_source
 from gkdcli.pipeline.lookup import chosen, newest, open_store, require_same_flow, split_videos
 from gkdcli.report import draw_curves
@@ -37,18 +35,19 @@ from gkdcli.runs import (
     resumed_settings,
 )
 from gkdcli.settings import CHANNELS, Settings
-from gkdcli.tasks import recognition
 from gkdcli.tasks.trained import (
     ROLE,
     chosen_device,
     has_generators,
+    norms_of,
     rebuild,
     rebuild_generators,
     require_same_clip,
     start_student,
+    task_of,
 )
 from gkdcli.training.forward import Forward
-from gkdcli.training.schedule import Schedule, passes
+from gkdcli.training.schedule import schedule_of
 from gkdcli.training.steps import Networks
 from gkdcli.training.trainer import Job, Trainer
 
@@ -88,15 +87,17 @@ def train(
     require_channels(settings.clips, CHANNELS[place.modality])
     videos, held = hold_out(store.videos, split_videos(store, place, "train"), settings.data.holdout)
     teacher_run = _find_teacher(place, console, stage, store, teacher, dry_run)
-    plan = _plan(place, stage, len(store.classes), len(videos), len(held), max_steps, teacher_run)
+    task = task_of(settings)
+    dataset = task.training_set(store, videos, settings)
+    plan = _plan(place, stage, store, videos, held, dataset, max_steps, teacher_run)
     if dry_run:
         return Result(plan)
     device = chosen_device(settings)
     if url and first_weights:
         fetch(url, first_weights, console)
     networks, began = _build_networks(place, stage, store, teacher_run, first_weights)
+    networks.student.hold_norms(norms_of(settings, run.record["began"] if run else began))
     networks.forward = _forward(settings, device)
-    dataset = ClipDataset(store, videos, settings.clips, settings.recipe, settings.train.seed)
     fabric = Fabric(accelerator=device.type, devices=1)
     if run is None:
         run = create_run(place, stage, _record(place, store, held, teacher_run, began, plan))
@@ -108,15 +109,16 @@ def train(
                 "no --backbone was given",
                 f"`{place.command('pretrain-attention', '--backbone', file)}` with the public file",
             )
-    held_set = ClipDataset(store, held, settings.clips, settings.recipe, seed=None)
+    score = partial(task.held_out_score, networks.student, store, settings=settings, device=device)
     job = Job(
         networks,
         settings,
         dataset,
-        recognition.supervised_terms,
-        score="top1",
-        validate=partial(_validate, networks.student, held_set, place, device) if held else None,
-        warm_up=partial(_warm_up, networks.student, held_set if held else dataset, place, device),
+        task.supervised_terms,
+        score=task.SCORE,
+        validate=partial(score, held) if held else None,
+        # in minute zero: store, decoder, network and scorer fit together
+        warm_up=partial(score, held or videos, limit=2 * settings.eval.batch_size),
         resume_command=place.command(STAGE_FOLDER[stage], "--resume"),
     )
     with run.lock():
@@ -180,7 +182,8 @@ def _build_networks(
     settings = place.settings
     plain = stage == "distill" and settings.distill.method == "none"
     torch.manual_seed(settings.train.seed)
-    student = recognition.build_network(settings, ROLE[stage], len(store.classes), place.modality, not plain)
+    task = task_of(settings)
+    student = task.build_network(settings, ROLE[stage], len(store.classes), place.modality, not plain)
     generators = None if plain else build_cvae(student)
     if settings.recipe == "corrected":
         for module in [student.attention, generators]:
@@ -216,22 +219,24 @@ def _forward(settings: Settings, device: torch.device) -> Forward:
 def _plan(
     place: Place,
     stage: str,
-    classes: int,
-    videos: int,
-    held: int,
+    store: Store,
+    videos: list[int],
+    held: list[int],
+    dataset: Clips,
     max_steps: int | None,
     teacher_run: Run | None,
 ) -> dict[str, Any]:
     """What would be done; networks are counted on the meta device, without memory."""
-    settings = place.settings
+    settings, classes = place.settings, len(store.classes)
     plain = stage == "distill" and settings.distill.method == "none"
     clip = (CHANNELS[place.modality], settings.clips.length, settings.clips.crop, settings.clips.crop)
-    build = partial(recognition.build_network, settings, ROLE[stage], classes, place.modality, not plain)
+    build_network = task_of(settings).build_network
+    build = partial(build_network, settings, ROLE[stage], classes, place.modality, not plain)
     found = cost(build, clip)
     with torch.device("meta"):
         generators = 0 if plain else sum(part.numel() for part in build_cvae(build()).parameters())
     moments = 1 if settings.optim.algorithm == "sgd" else 2
-    order = Schedule(videos, passes(not plain, settings.train.schedule), settings.train.seed, settings.optim)
+    order = schedule_of(settings, len(dataset), generators=not plain)
     return {
         "stage": STAGE_FOLDER[stage],
         "preset": settings.name,
@@ -242,8 +247,9 @@ def _plan(
         "init": settings.train.init,
         "teacher": str(teacher_run.folder) if teacher_run else None,
         "classes": classes,
-        "training_videos": videos,
-        "held_out_videos": held,
+        "training_videos": len(videos),
+        "training_clips": len(dataset),
+        "held_out_videos": len(held),
         "epochs": settings.optim.epochs,
         "steps": order.last_step(max_steps),
         "batch_size": settings.optim.batch_size,
@@ -279,30 +285,6 @@ def _record(
     }
 
 
-def _validate(
-    network: Recognizer, dataset: ClipDataset, place: Place, device: torch.device, limit: int | None = None
-) -> float:
-    """Top-1 on held-out videos."""
-    network.eval()
-    batch, workers = place.settings.eval.batch_size, place.settings.train.workers
-    logits, labels = predict(
-        dataset,
-        network.time_logits,
-        batch_size=batch,
-        device=device,
-        workers=workers if limit is None else 0,
-        tick=lambda done, text="": None,
-        limit=limit,
-    )
-    return float((class_scores(logits, place.settings.recipe).argmax(1) == labels).mean())
-
-
-def _warm_up(network: Recognizer, dataset: ClipDataset, place: Place, device: torch.device) -> None:
-    """Two batches in minute zero: store, decoder, network and scorer fit together."""
-    test_views = ClipDataset(dataset.store, dataset.videos, dataset.clips, dataset.recipe, seed=None)
-    _validate(network, test_views, place, device, limit=2 * place.settings.eval.batch_size)
-
-
 def _trained(place: Place, stage: str, run: Run) -> Result:
     record = run.record
     payload = {
@@ -313,7 +295,11 @@ def _trained(place: Place, stage: str, run: Run) -> Result:
         "parameters": record["parameters"],
         "gmac": record["gmac"],
         "best_epoch": record["progress"]["best_epoch"],
-        "held_out_top1": record["progress"]["best_held_out_top1"],
+        **{
+            name.removeprefix("best_"): value
+            for name, value in record["progress"].items()
+            if name.startswith("best_held_out")
+        },
         "curves": str(run.folder / "curves.png"),
     }
     then = place.command("distill") if stage == "pretrain" else place.command("evaluate")

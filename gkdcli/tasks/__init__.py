@@ -1,1 +1,1 @@
-"""Recognition (and detection, to come): the same few functions each."""
+"""Recognition and detection: the same few functions each."""

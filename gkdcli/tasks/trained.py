@@ -4,35 +4,53 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from gkdcli.data.batches import Clips
 from gkdcli.data.clips import ClipDataset
 from gkdcli.data.store import Store
 from gkdcli.errors import GkdError, usage_error
 from gkdcli.models.cost import Cost, cost
 from gkdcli.models.foreign import open_weights
-from gkdcli.models.network import build_cvae
-from gkdcli.models.recognizer import Recognizer
+from gkdcli.models.network import Network, Norms, build_cvae
 from gkdcli.models.video_backbones import related
 from gkdcli.models.weights import Fit, fit, init_student, load_tensors, require_fit
 from gkdcli.runs import Run
 from gkdcli.settings import CHANNELS, Role, Settings
-from gkdcli.tasks import recognition
+from gkdcli.tasks import detection, recognition
+
+
+class Task(Protocol):
+    """What `recognition` and `detection` have in common."""
+
+    SCORE: str
+    build_network: Callable[..., Any]
+    supervised_terms: Any
+    training_set: Callable[[Store, Sequence[int], Settings], Clips]
+    held_out_score: Callable[..., float]
+
+
+def task_of(settings: Settings) -> Task:
+    """The sheet of a page."""
+    return detection if settings.task == "detection" else recognition
+
 
 ROLE: dict[str, Role] = {"pretrain": "teacher", "distill": "student"}
 
 
-def rebuild(run: Run) -> Recognizer:
+def rebuild(run: Run) -> Any:
     """The network of a run with its weights, in evaluation mode.
 
     Raises:
         GkdError: the weights are missing, damaged or of another network.
     """
     record = run.record
-    network = recognition.build_network(
+    network = task_of(run.settings).build_network(
         run.settings, ROLE[record["stage"]], len(record["classes"]), record["modality"], has_attention(run)
     )
     require_fit(
@@ -41,7 +59,7 @@ def rebuild(run: Run) -> Recognizer:
     return network.eval()
 
 
-def rebuild_generators(run: Run, network: Recognizer) -> nn.ModuleDict:
+def rebuild_generators(run: Run, network: Network) -> nn.ModuleDict:
     """The CVAEs of a run."""
     generators = build_cvae(network)
     require_fit(fit(generators, load_tensors(run.weights), "generator."), str(run.weights), "CVAE")
@@ -63,7 +81,7 @@ def run_cost(run: Run) -> Cost:
     record, clips = run.record, run.settings.clips
     channels = CHANNELS[record["modality"]]
     return cost(
-        lambda: recognition.build_network(
+        lambda: task_of(run.settings).build_network(
             run.settings,
             ROLE[record["stage"]],
             len(record["classes"]),
@@ -96,7 +114,7 @@ def require_same_clip(teacher: Run, settings: Settings) -> None:
             )
 
 
-def start_student(student: Recognizer, init: str, teacher: Recognizer | None, root: Path) -> str:
+def start_student(student: Network, init: str, teacher: Network | None, root: Path) -> str:
     """Gives a network its first weights; returns what was done, for the log.
 
     Args:
@@ -145,6 +163,20 @@ def _require_backbone(found: Fit, source: str) -> None:
 def _first_names(found: Fit) -> str:
     names = [*found.missing, *(entry[0] for entry in found.wrong_shape)]
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "")
+
+
+def norms_of(settings: Settings, began: str) -> Norms:
+    """What training does to the backbone's batch norms (METHOD.md 4, 8 (7)).
+
+    Args:
+        settings: of the run.
+        began: see `start_student`; a run that is continued is told what it was told at first.
+    """
+    if settings.task == "recognition":
+        return "trained"
+    if settings.recipe == "official":
+        return "held"
+    return "trained" if began == "from scratch" else "frozen"
 
 
 def test_dataset(store: Store, run: Run, videos: list[int]) -> ClipDataset:

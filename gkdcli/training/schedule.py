@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from gkdcli.data.batches import Keys
 from gkdcli.data.loader import training_order
-from gkdcli.settings import OptimSettings
+from gkdcli.settings import OptimSettings, Settings
 from gkdcli.training.optim import rate_factor
 
 GENERATOR, NETWORK = 0, 1  # the passes of an epoch, as their seeds know them
@@ -17,6 +17,13 @@ GENERATOR, NETWORK = 0, 1  # the passes of an epoch, as their seeds know them
 def passes(generators: bool, schedule: str) -> tuple[int, ...]:
     """The passes of an epoch: schedule `step`, or a network without CVAE, has one (METHOD.md 4)."""
     return (GENERATOR, NETWORK) if generators and schedule == "epoch" else (NETWORK,)
+
+
+def schedule_of(settings: Settings, clips: int, generators: bool) -> Schedule:
+    """The order of a run over so many training clips; `generators`: whether CVAEs are trained."""
+    parts = passes(generators, settings.train.schedule)
+    drop_last = settings.task == "detection"  # as published (METHOD.md 4)
+    return Schedule(clips, parts, settings.train.seed, settings.optim, drop_last)
 
 
 class Spot(NamedTuple):

@@ -23,7 +23,7 @@ from gkdcli.settings import Settings
 from gkdcli.training import checkpoint, metrics, optim
 from gkdcli.training.checkpoint import Position, State
 from gkdcli.training.noise import Noise
-from gkdcli.training.schedule import GENERATOR, Schedule, passes
+from gkdcli.training.schedule import GENERATOR, schedule_of
 from gkdcli.training.steps import (
     Networks,
     Seen,
@@ -77,7 +77,7 @@ class Job:
     supervised: SupervisedTerms
     score: str
     validate: Callable[[], float] | None
-    warm_up: Callable[[], None]
+    warm_up: Callable[[], object]
     resume_command: str
 
 
@@ -114,9 +114,7 @@ class Trainer:
         )
         both = networks.generators is not None
         self.shared = both and settings.train.schedule == "step"  # one student forward serves both stages
-        parts = passes(both, settings.train.schedule)
-        drop = settings.task == "detection"  # as published (METHOD.md 4)
-        self.schedule = Schedule(len(job.dataset), parts, settings.train.seed, settings.optim, drop)
+        self.schedule = schedule_of(settings, len(job.dataset), both)
         self.position = Position()
         self._stop = StopRequest(console)
         self._saved = 0.0  # when, by the monotonic clock
