@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import signal
-from collections.abc import Generator, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterable, Iterator
 from multiprocessing import resource_tracker
+from typing import Any, Protocol, TypeVar, cast
 
 import numpy as np
-import torch
-from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 
-from gkdcli.data.clips import ClipDataset, Keys
+from gkdcli.data.clips import ClipBatch as ClipBatch
+from gkdcli.data.clips import Keys
 from gkdcli.errors import GkdError
 
 _ORDERS = 2  # first word of their seeds, see `clips._VIEWS`
 
 
-@dataclass
-class ClipBatch:
-    """Clips of one step.
+Batch_co = TypeVar("Batch_co", covariant=True)
+Batch = TypeVar("Batch")
 
-    Args:
-        clips: (B, C, T, H, W), uint8.
-        labels: (B,), int64.
-        videos: their rows in the store.
-    """
 
-    clips: Tensor
-    labels: Tensor
-    videos: list[int]
+class Collated(Protocol[Batch_co]):
+    """A data set whose items are named by `Keys`, and what a list of them becomes."""
 
-    def pin_memory(self) -> ClipBatch:
-        """The same in page-locked memory; the loader asks for it where clips go to a GPU."""
-        return ClipBatch(self.clips.pin_memory(), self.labels.pin_memory(), self.videos)
+    def __getitems__(self, keys: Keys, /) -> list[Any] | GkdError:
+        """The items, or what prevents it: PyTorch would make a traceback of an error raised."""
+
+    @staticmethod
+    def collate(items: list[Any], /) -> Batch_co:
+        """Items -> batch."""
 
 
 def training_order(count: int, batch_size: int, seed: int, epoch: int, part: int) -> list[Keys]:
@@ -55,8 +51,8 @@ test_order.__test__ = False  # type: ignore[attr-defined]
 
 
 def load(
-    dataset: ClipDataset, batches: Iterable[Keys], workers: int, pin: bool = False
-) -> Generator[ClipBatch, None, None]:
+    dataset: Collated[Batch], batches: Iterable[Keys], workers: int, pin: bool = False
+) -> Generator[Batch, None, None]:
     """Reads the named batches; close the iterator to end its processes before it is exhausted.
 
     Args:
@@ -68,13 +64,28 @@ def load(
     Raises:
         GkdError: a video is damaged, or a worker was killed.
     """
-    loader: DataLoader[tuple[Tensor, int, int]] = DataLoader(
-        dataset,
+    return read_ahead(
+        cast("Dataset[Any]", dataset),
+        workers,
         batch_sampler=batches,
-        num_workers=workers,
-        collate_fn=_collate,
+        collate_fn=functools.partial(_collate, dataset.collate),
         pin_memory=pin,
+    )
+
+
+def read_ahead(dataset: Dataset[Any], workers: int, **options: Any) -> Generator[Any, None, None]:
+    """What PyTorch's loader yields, with its processes and errors as `load` says.
+
+    Args:
+        dataset: whose batches may be a `GkdError`, which is raised here.
+        workers: as in `load`.
+        options: of the loader.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        num_workers=workers,
         multiprocessing_context="spawn" if workers else None,
+        **options,
     )
     with _signals_blocked() if workers else contextlib.nullcontext():
         found = iter(loader)
@@ -116,8 +127,5 @@ def lost_worker(error: Exception) -> GkdError | None:
     )
 
 
-def _collate(items: list[tuple[Tensor, int, int]] | GkdError) -> ClipBatch | GkdError:
-    if isinstance(items, GkdError):
-        return items
-    clips, labels, videos = zip(*items, strict=True)
-    return ClipBatch(torch.stack(clips), torch.tensor(labels), list(videos))
+def _collate(collate: Callable[[list[Any]], Batch], items: list[Any] | GkdError) -> Batch | GkdError:
+    return items if isinstance(items, GkdError) else collate(items)
