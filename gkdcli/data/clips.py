@@ -141,21 +141,11 @@ class ClipDataset(Dataset[tuple[Tensor, int, int]]):
 
     def read(self, video: int, start: int) -> Tensor:
         """Decoded frames from `start`, (T, C, H, W) uint8; a short video repeats its last frame."""
-        row = self.store.videos[video]
-        count = min(self.clips.length, row.frames - start)
-        stored = self.store.frames(video, start, count)
-        try:
-            frames = _decode(stored, self.store.modality)
-        except RuntimeError as error:
-            raise GkdError(
-                f"a stored frame cannot be decoded: {str(error).splitlines()[0]}",
-                f"{row.class_name}/{row.name}, frames {start} to {start + count - 1}",
-                "the part is damaged: delete it and run the same `gkd prepare` again",
-            ) from None
+        count = min(self.clips.length, self.store.videos[video].frames - start)
+        frames = read_frames(self.store, video, start, count)
         if count < self.clips.length:
             frames = torch.cat([frames, frames[-1:].expand(self.clips.length - count, -1, -1, -1)])
-        size = working_size(frames.shape[2], frames.shape[3], self.clips)
-        return frames if size == tuple(frames.shape[2:]) else _resize(frames, size)
+        return to_working_size(frames, self.clips)
 
     def cut(self, frames: Tensor, view: View) -> Tensor:
         """(T, C, H, W) -> (C, T, crop, crop)."""
@@ -163,20 +153,48 @@ class ClipDataset(Dataset[tuple[Tensor, int, int]]):
         if clip.shape[2:] != (self.clips.crop, self.clips.crop):
             clip = _resize(clip, (self.clips.crop, self.clips.crop))
         clip = clip.transpose(0, 1).contiguous()
-        if view.flip:
-            clip = clip.flip(3)
-            if self.store.modality == "flow" and self.recipe == "corrected":
-                clip[0] = 255 - clip[0]  # what moved to the right moves to the left (METHOD.md 8 (18))
-        return clip
+        return mirror(clip, self.store.modality, self.recipe) if view.flip else clip
 
 
-def _decode(stored: list[np.ndarray] | np.ndarray, modality: str) -> Tensor:
-    """(T, C, H, W); flow in JPEG is all pictures of x, then all of y."""
+def read_frames(store: Store, video: int, start: int, count: int) -> Tensor:
+    """Frames [start, start + count) of a video, decoded: (count, C, H, W) uint8.
+
+    Raises:
+        GkdError: the part is missing or damaged.
+    """
+    stored = store.frames(video, start, count)
+    try:
+        return decode(stored, store.modality)
+    except RuntimeError as error:
+        row = store.videos[video]
+        raise GkdError(
+            f"a stored frame cannot be decoded: {str(error).splitlines()[0]}",
+            f"{row.class_name}/{row.name}, frames {start} to {start + count - 1}",
+            "the part is damaged: delete it and run the same `gkd prepare` again",
+        ) from None
+
+
+def decode(stored: list[np.ndarray] | np.ndarray, modality: str) -> Tensor:
+    """What `Store.frames` returns -> (T, C, H, W); flow in JPEG is all pictures of x, then all of y."""
     if isinstance(stored, np.ndarray):  # raw: (T, H, W, C)
         return torch.from_numpy(stored).permute(0, 3, 1, 2)
     mode = ImageReadMode.RGB if modality == "rgb" else ImageReadMode.GRAY
     pictures = torch.stack(decode_jpeg([torch.from_numpy(image) for image in stored], mode=mode))
     return pictures if modality == "rgb" else torch.cat(pictures.chunk(2), dim=1)
+
+
+def mirror(clip: Tensor, modality: str, recipe: str) -> Tensor:
+    """(C, T, H, W) with left and right exchanged; in flow `corrected` negates x too (METHOD.md 8 (18))."""
+    clip = clip.flip(3)
+    if modality == "flow" and recipe == "corrected":
+        clip[0] = 255 - clip[0]  # what moved to the right moves to the left
+    return clip
+
+
+def to_working_size(frames: Tensor, clips: ClipSettings) -> Tensor:
+    """Scales frames (T, C, H, W) as `working_size` says."""
+    size = working_size(frames.shape[2], frames.shape[3], clips)
+    return frames if size == tuple(frames.shape[2:]) else _resize(frames, size)
 
 
 def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:

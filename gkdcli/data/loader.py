@@ -48,13 +48,28 @@ def load(
     Raises:
         GkdError: a video is damaged, or a worker was killed.
     """
-    loader: DataLoader[Any] = DataLoader(
+    return read_ahead(
         cast("Dataset[Any]", dataset),
+        workers,
         batch_sampler=batches,
-        num_workers=workers,
         collate_fn=partial(_collate, dataset),
         pin_memory=pin,
+    )
+
+
+def read_ahead(dataset: Dataset[Any], workers: int, **options: Any) -> Generator[Any, None, None]:
+    """What PyTorch's loader yields, with its processes and errors as `load` says.
+
+    Args:
+        dataset: whose batches may be a `GkdError`, which is raised here.
+        workers: as in `load`.
+        options: of the loader.
+    """
+    loader: DataLoader[Any] = DataLoader(
+        dataset,
+        num_workers=workers,
         multiprocessing_context="spawn" if workers else None,
+        **options,
     )
     with _signals_blocked() if workers else contextlib.nullcontext():
         found = iter(loader)
