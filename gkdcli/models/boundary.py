@@ -27,7 +27,8 @@ def boundary_max_pool(feature: Tensor, segments: Tensor) -> Tensor:
     batch, channels, frames = feature.shape
     assert channels % 2 == 0, channels
     assert segments.shape[::2] == (batch, 4), segments.shape
-    ends = segments.detach().clamp(0, frames - 1).long().clamp(min=0)  # the second clamp is for NaN
+    # minus infinity and NaN become the least integer, or 0; clamped afterwards, they are in the feature
+    ends = segments.detach().clamp(max=frames - 1).long().clamp(min=0)
     ends = ends.reshape(batch, -1, 2, 2).movedim(1, 3)  # (B, start | end, left | right, N)
     left = ends[:, :, 0]
     right = torch.maximum(left, ends[:, :, 1])
