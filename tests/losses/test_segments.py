@@ -35,7 +35,7 @@ def pad(clips: list[list[tuple[float, float, int]]]) -> Targets:
 
 
 def drawn(seed: int, batch: int) -> tuple[HeadOutputs, list[list[tuple[float, float, int]]]]:
-    """Outputs of which some are near enough for refinement, and up to three segments per clip, some background."""
+    """Outputs of which some are near enough for refinement; up to three segments per clip."""
     generator = torch.Generator().manual_seed(seed)
 
     def uniform(*shape: int) -> Tensor:
