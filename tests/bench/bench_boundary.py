@@ -4,8 +4,9 @@
 
 Sizes are those of the detector, batch 1: the frame feature with the 64 segments of level 0 and with those of
 all levels at once, and the levels' own features. The loop takes one maximum per segment and half of the
-channels, which on levels of 2 and 4 steps is little work and the faster way forward. Its gradient splits equal maxima, so features without ties are drawn; equal values and gradients
-are asserted. Both take turns; medians, and ratios above 1 where the table is faster.
+channels, which on levels of 2 and 4 steps is little work and the faster way forward. Its gradient splits
+equal maxima, so features without ties are drawn; equal values and gradients are asserted. Both take turns;
+medians, and ratios above 1 where the table is faster.
 """
 
 from __future__ import annotations
