@@ -19,11 +19,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from gkdcli.card import describe
 from gkdcli.data.clips import ClipDataset, normalise
 from gkdcli.data.store import Store
 from gkdcli.errors import GkdError
 from gkdcli.evaluation.predict import load_predictions
-from gkdcli.export import describe, write_export
+from gkdcli.export import write_export
 from gkdcli.files import digest
 from gkdcli.runs import Run
 from gkdcli.settings import ExportSettings
@@ -85,7 +86,7 @@ def test_the_graph_carries_its_own_card(exported, card):
     onnx.checker.check_model(model, full_check=True)
     assert {entry.domain: entry.version for entry in model.opset_import}[""] == 20
     carried = {entry.key: json.loads(entry.value) for entry in model.metadata_props if entry.key in card}
-    for key in ("classes", "preprocessing", "input", "output", "run", "run_weights_sha256"):
+    for key in ("classes", "preprocessing", "input", "outputs", "run", "run_weights_sha256"):
         assert carried[key] == card[key]
     (clip,) = model.graph.input
     assert clip.name == "clip"
@@ -248,4 +249,4 @@ def test_official_scores_are_not_promised_from_averaged_logits(evaluated, tmp_pa
     shutil.copytree(evaluated.folder, folder)
     run = Run(folder)
     run.update(recipe="official")
-    assert "softmax per time step" in describe(run, rebuild(run))["output"]["meaning"]
+    assert "softmax per time step" in describe(run, rebuild(run))["outputs"][0]["meaning"]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gkdcli.models.attention import attend
@@ -122,6 +123,17 @@ class Detector(Network):
         found: Detections = self.head(features)[0]
         return found
 
+    def pools_alike(self, *locs: NDArray[np.floating[Any]]) -> bool:
+        """Whether coarse distances (B, P, 2) that differ by rounding errors lead to the same segments."""
+        found = []
+        for loc in locs:
+            distances = torch.from_numpy(loc)
+            levels = zip(torch.split(distances, self.head.lengths, 1), self.head.levels(), strict=True)
+            on_levels = [level_segments(part, centres, self.head.frames) for part, centres in levels]
+            on_frames = frame_segments(distances, self.head.priors, self.head.frames)
+            found.append(torch.cat([*on_levels, on_frames], dim=1))
+        return all(torch.equal(found[0], other) for other in found[1:])
+
 
 class Head(nn.Module):
     """Pyramid, towers and proposal branches over both taps.
@@ -140,6 +152,7 @@ class Head(nn.Module):
     ) -> None:
         super().__init__()
         self.frames = frames
+        self.lengths = [frames // stride for stride in STRIDES]
         self.pyramid = nn.ModuleList(
             [
                 *(_Squeeze(shapes[tap], hidden) for tap in ("Mixed_4f", "Mixed_5c")),
@@ -175,13 +188,21 @@ class Head(nn.Module):
         """Features (B, C, T', H, W) of both taps, attended or plain -> all that the losses want."""
         levels = self._levels(features)
         frame = self._frame(levels[0])
+        loc_features = [self.loc_tower(level) for level in levels]
+        locs = [
+            torch.exp(self.loc_head(feature) * scale).transpose(1, 2)
+            for feature, scale in zip(loc_features, self.loc_scales, strict=True)
+        ]
+        # of all levels at once, for both branches
+        rois = boundary_max_pool(frame, frame_segments(torch.cat(locs, dim=1), self.priors, self.frames))
         found, boundaries = [], []
-        for level, centres in enumerate(torch.split(self.priors, [self.frames // s for s in STRIDES])):
-            loc_feature, conf_feature = self.loc_tower(levels[level]), self.conf_tower(levels[level])
-            loc = torch.exp(self.loc_head(loc_feature) * self.loc_scales[level]).transpose(1, 2)
-            segments = level_segments(loc, centres, self.frames), frame_segments(loc, centres, self.frames)
-            loc_proposal, loc_boundary = self.loc_branch(loc_feature, frame, *segments)
-            conf_proposal, conf_boundary = self.conf_branch(conf_feature, frame, *segments)
+        for level, (centres, roi) in enumerate(
+            zip(self.levels(), torch.split(rois, self.lengths, dim=2), strict=True)
+        ):
+            loc, conf_feature = locs[level], self.conf_tower(levels[level])
+            segments = level_segments(loc, centres, self.frames)
+            loc_proposal, loc_boundary = self.loc_branch(loc_features[level], roi, segments)
+            conf_proposal, conf_boundary = self.conf_branch(conf_feature, roi, segments)
             heads = (
                 self.conf_head(conf_feature),
                 self.prop_loc_head(loc_proposal),
@@ -191,6 +212,10 @@ class Head(nn.Module):
             found.append((loc, *(head.transpose(1, 2) for head in heads)))
             boundaries.append(Boundaries(frame, loc_boundary, conf_boundary))
         return Detections(*(torch.cat(parts, dim=1) for parts in zip(*found, strict=True))), boundaries[0]
+
+    def levels(self) -> tuple[Tensor, ...]:
+        """The priors' centres by level."""
+        return torch.split(self.priors, self.lengths)
 
     def class_logits(self, features: dict[str, Tensor]) -> Tensor:
         """The coarse class logits alone, (B, P, classes + 1): all that the background's loss takes."""
@@ -255,14 +280,14 @@ class _Branch(nn.Module):
         self.roi = _Unit(hidden, hidden, 1)
         self.proposal = _Unit(4 * hidden, hidden, 1)
 
-    def forward(
-        self, feature: Tensor, frame: Tensor, on_level: Tensor, on_frames: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Tower feature (B, hidden, t), frame-level feature, segments (B, t, 4) -> proposal, boundary."""
+    def forward(self, feature: Tensor, roi: Tensor, segments: Tensor) -> tuple[Tensor, Tensor]:
+        """Proposal and boundary features.
+
+        Args:
+            feature: of the tower, (B, hidden, t).
+            roi: frame-level feature pooled around the same priors, (B, hidden, t).
+            segments: on the level, (B, t, 4).
+        """
         boundary = self.boundary(feature)
-        parts: Sequence[Tensor] = (
-            self.roi(boundary_max_pool(frame, on_frames)),
-            boundary_max_pool(boundary, on_level),
-            self.short(feature),
-        )
-        return self.proposal(torch.cat(list(parts), dim=1)), boundary
+        parts = [self.roi(roi), boundary_max_pool(boundary, segments), self.short(feature)]
+        return self.proposal(torch.cat(parts, dim=1)), boundary
