@@ -45,7 +45,7 @@ def describe(run: Run, network: Network) -> dict[str, Any]:
             "dtype": "float32",
             "layout": f"batch, channel ({_CHANNELS[record['modality']]}), time, height, width",
         },
-        "outputs": _outputs(page, len(record["classes"])),
+        "outputs": _outputs(page, len(record["classes"]), record["recipe"]),
         "of": "attended feature" if network.attention and network.scores_attended else "plain feature",
         "preprocessing": {
             "steps": _steps(page, record["modality"]),
@@ -62,10 +62,10 @@ def describe(run: Run, network: Network) -> dict[str, Any]:
 _SCORES = {"recognition": ("top1", "top5"), "detection": ("average_map", "average_map_official")}
 
 
-def _outputs(page: Settings, classes: int) -> list[dict[str, Any]]:
+def _outputs(page: Settings, classes: int, recipe: str) -> list[dict[str, Any]]:
     """What the graph returns, in order."""
     if page.task == "recognition":
-        return [{"name": "logits", "shape": ["batch", classes], "meaning": _MEANING[page.recipe]}]
+        return [{"name": "logits", "shape": ["batch", classes], "meaning": _MEANING[recipe]}]
     count = len(priors(page.clips.length))
     return [
         {"name": name, "shape": ["batch", count, width or classes + 1], "meaning": meaning}
