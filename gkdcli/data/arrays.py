@@ -135,10 +135,9 @@ def _open(path: Path) -> Any:
     except FileNotFoundError:
         raise BadVideo("the file has disappeared") from None
     except (ValueError, OSError, EOFError, SyntaxError, MemoryError, OverflowError) as error:
-        # numpy's messages advise how to load pickles; ours does not
-        reason = (
-            "pickled objects, which are never read" if "ickle" in str(error) else "truncated, or no .npy file"
-        )
+        # numpy's own messages advise to load pickles
+        pickled = "pickle" in str(error) or "Python objects" in str(error)
+        reason = "no .npy file, or pickled objects, which are never read" if pickled else "truncated"
         raise BadVideo(f"{path.name}: {reason}") from None
     if not isinstance(array, np.ndarray):
         array.close()  # an archive of several
