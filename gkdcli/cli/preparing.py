@@ -46,7 +46,8 @@ def prepare(
         Path | None,
         typer.Option(
             metavar="PATH",
-            help="CSV or JSON list (video, class, perhaps subset), or a folder of published split lists.",
+            help="CSV or JSON list (video, class, perhaps subset), or a folder of published split lists;"
+            " detection: ActivityNet JSON, or a folder of the THUMOS14 files.",
             rich_help_panel=DATA_PANEL,
         ),
     ] = None,
@@ -55,6 +56,14 @@ def prepare(
         typer.Option(
             metavar="DIR",
             help="Extracted images instead of videos: image_%05d.jpg, img_%05d.jpg, flow_{x,y}_%05d.jpg.",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None,
+    from_npy: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="Published arrays instead of videos: {validation,test}_npy/, {validation,test}_flow_npy/.",
             rich_help_panel=DATA_PANEL,
         ),
     ] = None,
@@ -69,11 +78,13 @@ def prepare(
     """Decodes videos into a store of frames, of optical flow, or both (HDF5)."""
     if preset_option is not None and preset is not None and videos is None:
         videos, preset = Path(preset), None  # `gkd prepare --preset ucf101 VIDEOS`
-    if videos is not None and from_frames is not None:
-        what = "videos and extracted images are both named"
-        raise usage_error(
-            what, f"argument VIDEOS {videos}, and --from-frames {from_frames}", "name one of them"
-        )
+    named = {"argument VIDEOS": videos, "--from-frames": from_frames, "--from-npy": from_npy}
+    given = {flag: path for flag, path in named.items() if path is not None}
+    if len(given) > 1:
+        kinds = {"argument VIDEOS": "videos", "--from-frames": "extracted images", "--from-npy": "arrays"}
+        what = f"{' and '.join(kinds[flag] for flag in given)} are both named"
+        where = ", and ".join(f"{flag} {path}" for flag, path in given.items())
+        raise usage_error(what, where, "name one of them")
     if flow is not None and modality == PreparedModality.rgb:
         raise usage_error(
             "--flow says how flow is computed, but only rgb is prepared",
@@ -101,6 +112,7 @@ def prepare(
             modalities=modalities,
             videos=videos,
             frames=from_frames,
+            arrays=from_npy,
             annotations=annotations,
             retry=retry,
             dry_run=shared.dry_run,

@@ -7,60 +7,18 @@ import hashlib
 import io
 import json
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Literal
+from typing import Any
 
 from gkdcli.data.names import check_text, short, video_stem
+from gkdcli.data.sources import SUBSETS, Listing, Source, Subset
 from gkdcli.errors import GkdError
 
-Subset = Literal["train", "test"]
-SUBSETS: tuple[Subset, Subset] = ("train", "test")
+__all__ = ["SUBSETS", "Listing", "Source", "Subset", "read_list", "scan_folder"]
 _COLUMNS = ("video", "class", "subset")
 _LIST_HINT = "a list is CSV with the header `video,class` or `video,class,subset`, or JSON with the same keys"
-
-
-@dataclass(frozen=True)
-class Source:
-    """One video of the user's.
-
-    Args:
-        path: where it lies.
-        class_name: what it shows.
-        name: what it is called in the store, unique within its class.
-        splits: for the number of each split (from 1), whether it is trained on or tested there.
-        group: videos of one group (one recording session) must not be divided; "" where unknown.
-    """
-
-    path: Path
-    class_name: str
-    name: str
-    splits: Mapping[int, Subset]
-    group: str = ""
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What was found.
-
-    Args:
-        classes: the position is the label.
-        sources: sorted by class name and name.
-        rejects: (path, reason) of what looks meant but cannot be used.
-        ignored: files that are no videos by their extension.
-        unlisted: videos that lie among the others and that no list names.
-    """
-
-    classes: list[str]
-    sources: list[Source]
-    rejects: list[tuple[str, str]] = field(default_factory=list)
-    ignored: int = 0
-    unlisted: int = 0
-
-    def count(self, split: int, subset: Subset) -> int:
-        """How many videos belong to a subset of a split."""
-        return sum(source.splits.get(split) == subset for source in self.sources)
 
 
 def scan_folder(videos: Path, test_fraction: float, frames: bool = False) -> Listing:

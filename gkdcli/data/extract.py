@@ -16,8 +16,10 @@ from typing import Any
 
 from gkdcli.data.annotations import Listing
 from gkdcli.data.jobs import Job, Result, work
+from gkdcli.data.misfits import misfits
 from gkdcli.data.parts import part_path, read_attributes
-from gkdcli.data.rejects import Reject, cell, read_rejects, write_rejects
+from gkdcli.data.rejects import PROBLEMS, Reject, cell, read_rejects, write_problems, write_rejects
+from gkdcli.data.sources import Problem
 from gkdcli.data.store import build_index, mark_unfinished, setting_differences, written_settings
 from gkdcli.data.workers import Crashed, Crew, available_cores
 from gkdcli.errors import GkdError, Interrupted
@@ -44,6 +46,7 @@ class Report:
         seconds: of wall-clock time.
         unlisted: parts whose video is no longer among the sources; they are kept, and not in the index.
         indexes: the finished index of each modality.
+        problems: of the annotations and of how they fit the videos; also in `annotations.problems.tsv`.
     """
 
     prepared: int
@@ -54,6 +57,7 @@ class Report:
     seconds: float
     unlisted: int
     indexes: dict[str, Path]
+    problems: list[Problem]
 
 
 @dataclass
@@ -140,6 +144,11 @@ def prepare_parts(
                 )
                 for modality in modalities
             }
+            problems = [
+                *listing.problems,
+                *misfits(good, store_folder / modalities[0], data, plan.attributes),
+            ]
+            write_problems(store_folder / PROBLEMS, problems)
     except OSError as error:
         raise _write_error(store_folder, error) from None
     return Report(
@@ -151,6 +160,7 @@ def prepare_parts(
         seconds=time.monotonic() - started,
         unlisted=plan.unlisted,
         indexes=indexes,
+        problems=problems,
     )
 
 
@@ -180,7 +190,7 @@ def _plan(
                 modality: part_path(store_folder / modality, source.class_name, source.name)
                 for modality in MODALITIES
             }
-            size, mtime_ns = stamp(source.path)
+            stamps = {modality: stamp(source.file(modality)) for modality in modalities}
         except ValueError as error:
             plan.rejected[path] = Reject(str(error))
             continue
@@ -191,6 +201,7 @@ def _plan(
         missing, digests = {}, {}
         for modality in modalities:
             found = _attributes(parts[modality])
+            size, mtime_ns = stamps[modality]
             if found.get("source_size") == size:
                 _check_settings(parts[modality], json.loads(found["settings"]), data.stored(modality))
                 if found["source_mtime_ns"] == mtime_ns:
@@ -201,11 +212,12 @@ def _plan(
         old = known.get(cell(path), Reject(""))
         if not missing:
             plan.skipped += 1
-        elif old == Reject(old.reason, size, mtime_ns) and not digests:
+        elif old.size >= 0 and old == Reject.of(source.path, old.reason) and not digests:
             plan.rejected[path] = old
         else:
             beside = next((part for modality, part in parts.items() if modality not in missing), None)
-            plan.jobs.append(Job(source, missing, data, size, digests, beside))
+            files = {source.file(modality): stamps[modality][0] for modality in missing}
+            plan.jobs.append(Job(source, missing, data, sum(files.values()), digests, beside))
     for modality in modalities:
         plan.unlisted += sum(part not in listed for part in (store_folder / modality).glob("*/*.h5"))
     return plan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from gkdcli.data.annotations import Source
+from gkdcli.data.arrays import ArrayVideo
 from gkdcli.data.flow import FlowEstimator
 from gkdcli.data.images import FrameFolder
 from gkdcli.data.parts import Bytes, PartWriter, Stored, read_attributes
@@ -26,7 +27,7 @@ class Job:
     """One video to prepare.
 
     Args:
-        source: the video, or a folder of its images.
+        source: the video, a folder of its images, or its arrays.
         parts: where each modality goes.
         data: how.
         size: of the file, or of all images, in bytes.
@@ -79,16 +80,25 @@ def work(job: Job) -> Result:
         return Result(reason="needs more memory than there is")
 
 
-def _open(path: Path) -> VideoReader | FrameFolder:
-    return FrameFolder(path) if path.is_dir() else VideoReader(path)
+_Video = VideoReader | FrameFolder | ArrayVideo
+
+
+def _open(source: Source, modalities: Collection[str]) -> _Video:
+    if source.path.suffix == ".npy":
+        files = {source.file(modality) for modality in modalities}
+        first = source.path if source.path in files else files.pop()
+        beside = source.flow if source.flow != first and "flow" in modalities else None
+        return ArrayVideo(first, beside, source.stated)
+    return FrameFolder(source.path) if source.path.is_dir() else VideoReader(source.path)
 
 
 def _probe(job: Job) -> Result:
     data = job.data
-    with _open(job.source.path) as video:
+    with _open(job.source, job.parts) as video:
         info = video.info
     width, height = stored_size(info.width, info.height, data)
-    frames = round(info.frames * data.fps / info.fps) if 0 < data.fps < info.fps else info.frames
+    sampled = 0 < data.fps < info.fps and not isinstance(video, ArrayVideo)
+    frames = round(info.frames * data.fps / info.fps) if sampled else info.frames
     finer = (5 / max(100 - data.jpeg_quality, 2)) ** 0.6
     # JPEG: rather low, for it decides on a refusal; measured 0.2 to 0.34 byte/px at quality 95, flow 0.06
     per_px = (
@@ -98,29 +108,35 @@ def _probe(job: Job) -> Result:
 
 
 def _prepare(job: Job) -> Result:
-    path, data = job.source.path, job.data
-    try:
-        before = stamp(path)
-        found = digest(path)
-    except OSError as error:
-        raise BadVideo(f"cannot be read: {error.strerror}") from None
-    if all(job.known.get(modality) == found for modality in job.parts):
+    data, files = job.data, {modality: job.source.file(modality) for modality in job.parts}
+    before: dict[Path, tuple[int, int]] = {}
+    found: dict[Path, str] = {}
+    for path in files.values():
+        try:
+            before[path] = stamp(path)
+            found[path] = found[path] if path in found else digest(path)
+        except OSError as error:
+            raise BadVideo(f"cannot be read: {error.strerror}") from None
+    if all(job.known.get(modality) == found[path] for modality, path in files.items()):
         return Result(unchanged=True)
     attributes = {
-        "source": path.name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace"),
-        "source_size": before[0],
-        "source_mtime_ns": before[1],
-        "source_digest": found,
-        "storage": data.storage,
-        "version": version(),
+        modality: {
+            "source": _source_name(path),
+            "source_size": before[path][0],
+            "source_mtime_ns": before[path][1],
+            "source_digest": found[path],
+            "storage": data.storage,
+            "version": version(),
+        }
+        for modality, path in files.items()
     }
     try:
-        with _open(path) as video, ExitStack() as stack:
+        with _open(job.source, job.parts) as video, ExitStack() as stack:
             parts = {
-                modality: stack.enter_context(PartWriter(part, data.storage, attributes, modality))
+                modality: stack.enter_context(PartWriter(part, data.storage, attributes[modality], modality))
                 for modality, part in job.parts.items()
             }
-            beside = _frames_beside(job.beside, attributes)
+            beside = _frames_beside(job.beside, next(iter(attributes.values())))
             _write(video, parts, data, beside)
             _require_equal_length(parts, beside)
             sampling, fps = video.sampling(data)
@@ -141,7 +157,7 @@ def _prepare(job: Job) -> Result:
                     width=width,
                     height=height,
                 )
-            if _stamp(path) != before:
+            if any(_stamp(path) != stamped for path, stamped in before.items()):
                 raise BadVideo("it changed while it was read")
         written = sum(part.stat().st_size for part in job.parts.values())
         return Result(max(part.frames for part in parts.values()), written)
@@ -149,15 +165,21 @@ def _prepare(job: Job) -> Result:
         return Result(failure=str(error), full=disk_is_full(error))
 
 
+def _source_name(path: Path) -> str:
+    """As attributes keep it; arrays of frames and of flow have one name in two folders."""
+    name = f"{path.parent.name}/{path.name}" if path.suffix == ".npy" else path.name
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def _write(
-    video: VideoReader | FrameFolder,
+    video: _Video,
     parts: Mapping[str, PartWriter],
     data: DataSettings,
     beside: int | None,
 ) -> None:
     """All frames into all parts, in one pass over the video; `beside` frames are in the other stream."""
     rgb, flow = parts.get("rgb"), parts.get("flow")
-    if flow is not None and isinstance(video, FrameFolder) and video.has_flow:
+    if flow is not None and not isinstance(video, VideoReader) and video.has_flow:
         _write_given_flow(video, flow, data, beside)
         flow = None
     if rgb is None and flow is None:
@@ -185,7 +207,9 @@ def _write(
     )
 
 
-def _write_given_flow(video: FrameFolder, flow: PartWriter, data: DataSettings, beside: int | None) -> None:
+def _write_given_flow(
+    video: FrameFolder | ArrayVideo, flow: PartWriter, data: DataSettings, beside: int | None
+) -> None:
     """Flow that was extracted before."""
     images: Stored | None = None
     for images in video.flows(data):

@@ -1,4 +1,4 @@
-"""The table of bad videos, `stores/<dataset>/<modality>.rejected.tsv`."""
+"""Tables of bad videos, `<modality>.rejected.tsv`, and of bad annotations, `annotations.problems.tsv`."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from gkdcli.data.sources import Problem
 from gkdcli.files import stamp, write_text
 
+PROBLEMS = "annotations.problems.tsv"
 _HEADER = "path\treason\tsize\tmodified_ns"
 
 
@@ -35,6 +37,15 @@ def write_rejects(path: Path, rows: Sequence[tuple[str, Reject]]) -> None:
         return
     lines = [f"{cell(name)}\t{cell(bad.reason)}\t{bad.size}\t{bad.mtime_ns}" for name, bad in rows]
     write_text(path, "\n".join([_HEADER, *lines]) + "\n")
+
+
+def write_problems(path: Path, problems: Sequence[Problem]) -> None:
+    """Writes the table atomically; removes it where there are no problems."""
+    if not problems:
+        path.unlink(missing_ok=True)
+        return
+    lines = ["\t".join(Problem._fields), *("\t".join(cell(str(value)) for value in row) for row in problems)]
+    write_text(path, "\n".join(lines) + "\n")
 
 
 def read_rejects(path: Path) -> dict[str, Reject]:

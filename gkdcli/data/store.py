@@ -6,7 +6,6 @@ derived: links to the parts and tables, written atomically, rebuilt from the par
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections import OrderedDict
@@ -16,24 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import h5py
-import numpy as np
 
-from gkdcli.data.annotations import SUBSETS, Listing, Subset
-from gkdcli.data.parts import SCHEMA as PART_SCHEMA
+from gkdcli.data.index import SCHEMA, build_index, mark_unfinished, setting_differences, written_settings
 from gkdcli.data.parts import (
     Bytes,
     PartReader,
     PartWriter,
-    damaged_part,
     escape,
     part_path,
     plain_value,
-    read_attributes,
     unescape,
 )
+from gkdcli.data.segments import Segment
 from gkdcli.errors import GkdError
-from gkdcli.files import atomic_path
-from gkdcli.runs import version
 
 __all__ = [
     "PartWriter",
@@ -43,28 +37,19 @@ __all__ = [
     "escape",
     "mark_unfinished",
     "part_path",
+    "setting_differences",
     "unescape",
+    "written_settings",
 ]
 _OPEN_PARTS = 32
-SCHEMA = 2  # of the index; parts have their own
-_ROW = np.dtype(
-    [
-        ("name", h5py.string_dtype()),
-        ("class", h5py.string_dtype()),
-        ("label", "<i4"),
-        ("frames", "<i8"),
-        ("fps", "<f8"),
-        ("width", "<i4"),
-        ("height", "<i4"),
-        ("group", h5py.string_dtype()),
-        ("digest", h5py.string_dtype()),
-    ]
-)
 
 
 @dataclass(frozen=True, slots=True)
 class VideoRow:
-    """One video of a store; `fps` is that of the stored frames, `digest` the SHA-256 of the source file."""
+    """One video of a store; `fps` is that of the stored frames, `digest` the SHA-256 of the source file.
+
+    An untrimmed video has label -1, and the folder of its subset in place of a class.
+    """
 
     name: str
     class_name: str
@@ -77,135 +62,15 @@ class VideoRow:
     digest: str
 
 
-def mark_unfinished(
-    store_folder: Path, dataset: str, modality: str, settings: Mapping[str, Any], expected: int
-) -> None:
-    """Replaces the index by one that only says what the store will be; `build_index` completes it."""
-    with (
-        atomic_path(store_folder / f"{modality}.h5") as temporary,
-        h5py.File(temporary, "w", locking=False) as file,
-    ):
-        _describe(file, dataset, modality, settings)
-        file.attrs.update(complete=False, expected=expected)
-
-
-def build_index(
-    store_folder: Path,
-    dataset: str,
-    modality: str,
-    listing: Listing,
-    settings: Mapping[str, Any],
-    known: Mapping[Path, Mapping[str, Any]] | None = None,
-) -> Path:
-    """Writes `<store_folder>/<modality>.h5` from the parts; listed videos without a part are left out.
-
-    Args:
-        store_folder: `stores/<dataset>`.
-        dataset: the name of the data set.
-        modality: the name of the folder of parts.
-        listing: classes and splits; the position of a class is its label.
-        settings: `DataSettings.stored(modality)` of the parts.
-        known: attributes of parts that were read already.
-
-    Returns:
-        The index.
-
-    Raises:
-        GkdError: no listed video has a part, or a part is damaged.
-    """
-    index = store_folder / f"{modality}.h5"
-    labels = {name: label for label, name in enumerate(listing.classes)}
-    rows: list[tuple[Any, ...]] = []
-    links = []
-    splits: dict[int, dict[Subset, list[int]]] = {}
-    for source in sorted(listing.sources, key=lambda source: (labels[source.class_name], source.name)):
-        try:
-            part = part_path(store_folder / modality, source.class_name, source.name)
-        except ValueError:
-            continue
-        if not part.exists():
-            continue
-        try:
-            found = (known or {}).get(part) or read_attributes(part)
-        except OSError as error:
-            raise damaged_part(part, str(error)) from None
-        rows.append(
-            (
-                escape(source.name),
-                escape(source.class_name),
-                labels[source.class_name],
-                found["frame_count"],
-                found["fps"],
-                found["width"],
-                found["height"],
-                source.group,
-                found["source_digest"],
-            )
-        )
-        for number, subset in source.splits.items():
-            splits.setdefault(number, {name: [] for name in SUBSETS})[subset].append(len(rows) - 1)
-        links.append(part.relative_to(store_folder))
-    if not rows:
-        raise GkdError(
-            f"the {modality} store would be empty: every video was rejected",
-            str(store_folder / f"{modality}.rejected.tsv"),
-            "the reasons are in that file",
-        )
-    with atomic_path(index) as temporary, h5py.File(temporary, "w", locking=False) as file:
-        _describe(file, dataset, modality, settings)
-        file.attrs.update(complete=True, expected=len(rows), fingerprint=_fingerprint(rows, splits, settings))
-        for row, link in zip(rows, links, strict=True):
-            file[f"/videos/{row[1]}/{row[0]}"] = h5py.ExternalLink(str(link), "/")
-        file["/tables/videos"] = np.array(rows, _ROW)
-        file["/tables/classes"] = np.array([escape(name) for name in listing.classes], h5py.string_dtype())
-        for number, subsets in splits.items():
-            for subset, members in subsets.items():
-                file[f"/splits/{number}/{subset}"] = np.array(members, np.int64)
-    return index
-
-
-def written_settings(store_folder: Path, modality: str) -> dict[str, Any]:
-    """`DataSettings.stored(modality)` of what was written so far; empty where nothing was."""
-    attributes: dict[str, Any] = {}
-    index, parts = store_folder / f"{modality}.h5", (store_folder / modality).glob("*/*.h5")
-    for path, schema in [(index, SCHEMA), *((part, PART_SCHEMA) for part in parts)]:
-        try:
-            attributes = read_attributes(path, schema)
-            break
-        except OSError:
-            continue  # absent or damaged: the next one tells as much
-    return dict(json.loads(attributes.get("settings", "{}")))
-
-
-def _describe(file: Any, dataset: str, modality: str, settings: Mapping[str, Any]) -> None:
-    file.attrs.update(
-        schema=SCHEMA,
-        dataset=dataset,
-        modality=modality,
-        settings=json.dumps(settings, sort_keys=True),
-        version=version(),
-    )
-
-
-def _fingerprint(
-    rows: Sequence[tuple[Any, ...]], splits: Mapping[int, Any], settings: Mapping[str, Any]
-) -> str:
-    """Over names, labels, frame counts, digests of the sources, splits and settings."""
-    return hashlib.sha256(json.dumps([rows, splits, settings], sort_keys=True).encode()).hexdigest()
-
-
-def setting_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """`data.fps 0.0 -> 10.0` for each key that differs."""
-    keys = sorted({*old, *new})
-    return [f"data.{key} {old.get(key)} -> {new.get(key)}" for key in keys if old.get(key) != new.get(key)]
-
-
 class Store:
     """A finished store, for reading. It may be pickled and forked: files are opened again in each process.
 
     Attributes:
         classes: names, the position is the label.
-        videos: one row per video, ordered by label and name.
+        videos: one row per video, ordered by label and name; untrimmed ones by subset and name.
+        segments: of each video its actions, in the order of the file; empty where videos have one class each.
+        ground_truth: of untrimmed videos, by subset ("train", "test"): `GroundTruth` as a dict, and as
+            `stored_videos` and `stored_segments` how much of it is in the store.
         settings: `DataSettings.stored(modality)` when it was written.
         fingerprint: changes with the videos and with the settings.
     """
@@ -217,6 +82,8 @@ class Store:
         classes: list[str],
         videos: list[VideoRow],
         splits: dict[tuple[int, str], list[int]],
+        segments: Sequence[tuple[Segment, ...]] = (),
+        ground_truth: Mapping[str, Any] | None = None,
     ) -> None:
         self.path = index
         self.dataset = str(head["dataset"])
@@ -225,6 +92,8 @@ class Store:
         self.settings: dict[str, Any] = json.loads(head["settings"])
         self.classes = classes
         self.videos = videos
+        self.segments = list(segments) or [()] * len(videos)
+        self.ground_truth: dict[str, Any] = dict(ground_truth or {})
         self._splits = splits
         self._parts: OrderedDict[int, PartReader] = OrderedDict()
         self._pid = os.getpid()
@@ -266,9 +135,15 @@ class Store:
                     for number, group in file["/splits"].items()
                     for subset, members in group.items()
                 }
+                rows = file["/tables/segments"][:].tolist()
+                ground_truth = json.loads(file["/tables/ground_truth"].asstr()[()])
             videos = [_row(cells) for cells in table.tolist()]
-            return cls(index, head, classes, videos, splits)
-        except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+            segments: list[list[Segment]] = [[] for _ in videos]
+            for video, *cells in rows:
+                segments[video].append(Segment(*cells))
+            actions = [tuple(found) for found in segments]
+            return cls(index, head, classes, videos, splits, actions, ground_truth)
+        except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
             raise GkdError(
                 f"the index of the {modality} store is damaged",
                 f"{index}: {error}",

@@ -8,15 +8,18 @@ from typing import Any
 
 import pytest
 
-KNOWN = "Known: demo, demo-tiny, folder, hmdb51, thumos14, ucf101; a path such as `./mine.toml` works too"
+from gkdcli.resolve import preset_names
+
+PRESETS = ", ".join(preset_names())
+KNOWN = f"Known: {PRESETS}; a path such as `./mine.toml` works too"
 LISTS = "`gkd distill demo --show-config` lists all"
 
 # command line, what, where, hint; the whole of stderr
 OURS = [
     ("distill", "no preset is named", "argument PRESET of `gkd distill`",
-     "one of demo, demo-tiny, folder, hmdb51, thumos14, ucf101, or a path to a .toml"),
+     f"one of {PRESETS}, or a path to a .toml"),
     ("prepare --retry", "no preset is named", "argument PRESET of `gkd prepare`",
-     "one of demo, demo-tiny, folder, hmdb51, thumos14, ucf101, or a path to a .toml"),
+     f"one of {PRESETS}, or a path to a .toml"),
     ("pretrain-attention thumos-14", "no preset is called `thumos-14`",
      "argument PRESET of `gkd pretrain-attention`", f"did you mean `thumos14`? {KNOWN}"),
     ("evaluate --preset ufc101", "no preset is called `ufc101`", "argument PRESET of `gkd evaluate`",
