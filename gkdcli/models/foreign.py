@@ -152,7 +152,7 @@ _GENERATORS = (
     ),
 )
 # Only the detection networks have these, and the kernels of their CVAEs fit 96 px (5c 3x3, 4f 6x6).
-_DETECTION = ("coarse_pyramid_detection.", "deconv2.", "Att_Head_4f.")
+_DETECTION = ("head.", "attention.Mixed_4f.")
 _DETECTION_KERNELS = (3, 6)
 _KINDS = {(7, 3): "i3d", (1, 3): "top-i3d", (7, 1): "bottom-i3d", (1, 1): "i2d"}
 
@@ -197,14 +197,14 @@ class Contents:
         path: the file.
         network: backbone, and attention and classifier where they are there.
         generators: the CVAEs.
-        detection: it is a checkpoint of the published temporal detection.
+        task: `recognition` or `detection`, where that can be told from it.
         names: of all tensors in it.
     """
 
     path: Path
     network: Found | None
     generators: Found | None
-    detection: bool
+    task: str | None
     names: list[str]
 
     def require_network(self) -> Found:
@@ -235,10 +235,19 @@ def open_weights(path: Path, content: dict[Any, Any] | None = None) -> Contents:
     candidates = list(state_dicts(read_file(path) if content is None else content))
     network, generators = _best(candidates, _NETWORKS), _best(candidates, _GENERATORS)
     names = [name for _, tensors in candidates for name in tensors]
-    detection = network is not None and any(name.startswith(_DETECTION) for name in network.unknown)
-    if generators is not None and generators.origin == "published":
-        detection = detection or (kernel(generators, "5c"), kernel(generators, "4f")) == _DETECTION_KERNELS
-    return Contents(path, network, generators, detection, names)
+    return Contents(path, network, generators, _task(network, generators), names)
+
+
+def _task(network: Found | None, generators: Found | None) -> str | None:
+    """Of a head, or else of a published CVAE; a backbone alone serves either."""
+    if network is not None:
+        if any(name.startswith(_DETECTION) for name in network.tensors):
+            return "detection"
+        return "recognition" if any(name.startswith("classifier.") for name in network.tensors) else None
+    if generators is None or generators.origin != "published":
+        return None
+    kernels = kernel(generators, "5c"), kernel(generators, "4f")
+    return "detection" if kernels == _DETECTION_KERNELS else "recognition"
 
 
 def state_dicts(

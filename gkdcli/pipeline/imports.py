@@ -20,14 +20,12 @@ from gkdcli.models.cost import cost
 from gkdcli.models.foreign import Contents, Found, backbone_kind, first_kernel, kernel, open_weights
 from gkdcli.models.i3d import TAP_STRIDES
 from gkdcli.models.network import build_cvae
-from gkdcli.models.recognizer import Recognizer
 from gkdcli.models.weights import Fit, load_tensors, require_fit, save_tensors, times
 from gkdcli.resolve import to_toml
 from gkdcli.result import Result
 from gkdcli.runs import SCHEMA, Place, Run, version
 from gkdcli.settings import CHANNELS, Role, Settings
-from gkdcli.tasks import recognition
-from gkdcli.tasks.trained import ROLE
+from gkdcli.tasks.trained import ROLE, task_of
 
 STAGE = {role: stage for stage, role in ROLE.items()}
 
@@ -95,14 +93,12 @@ def import_weights(place: Place, console: Console, *, file: Path, model: str | N
 
 def plan_import(place: Place, file: Path, model: str | None = None) -> Entry:
     """Reads a file and fits it; nothing is written. Arguments and errors as of `import_weights`."""
-    if place.settings.task == "detection":
-        raise GkdError("temporal detection is not built yet", str(file), "recognition: ucf101, hmdb51, demo")
     contents = open_weights(file)
-    if contents.detection:
+    if contents.task not in (None, place.settings.task):
         raise GkdError(
-            "this is a detection checkpoint; temporal detection is not built yet",
+            f"this is a checkpoint of {contents.task}; {place.settings.name} is {place.settings.task}",
             str(file),
-            "its backbone alone can start a network: `--backbone FILE`",
+            "name another preset with `--dataset`; its backbone alone can start a network: `--backbone FILE`",
         )
     if contents.network is None and contents.generators is not None:
         return _plan_generators(place, contents, contents.generators, model)
@@ -116,7 +112,7 @@ def _plan_network(place: Place, contents: Contents, found: Found, model: str | N
     names, classes = _classes(place, found)
     # our own plain student has no attention; a published or public file without one is a backbone
     plain = role == "student" and found.origin == "gkd" and not _holds(found, "attention.")
-    network = recognition.build_network(settings, role, classes, place.modality, not plain)
+    network = task_of(settings).build_network(settings, role, classes, place.modality, not plain)
     fitted = found.fit(network)
     # the unit between torchvision's trunk and the tap is ours, so their files lack it
     odd = [name for name in fitted.missing if name.startswith("backbone.") and ".to_tap." not in name]
@@ -159,7 +155,7 @@ def _plan_generators(place: Place, contents: Contents, found: Found, model: str 
         )
     record = run.record
     with torch.device("meta"):
-        network = recognition.build_network(run.settings, role, 1, record["modality"])
+        network = task_of(run.settings).build_network(run.settings, role, 1, record["modality"])
     generators = build_cvae(network)
     fitted = found.fit(generators)
     require_fit(_used(fitted), str(contents.path), f"CVAE of the {role}")
@@ -241,8 +237,11 @@ def _classes(place: Place, found: Found) -> tuple[list[str] | None, int]:
     if place.store.is_file():
         names = Store.open(place.store).classes
         return names, len(names)
-    bias = found.tensors.get("classifier.bias")
-    return None, len(bias) if bias is not None and bias.ndim == 1 else 1
+    name, others = (
+        ("head.conf_head.bias", 1) if place.settings.task == "detection" else ("classifier.bias", 0)
+    )
+    bias = found.tensors.get(name)
+    return None, max(len(bias) - others, 1) if bias is not None and bias.ndim == 1 else 1
 
 
 def _report(contents: Contents, found: Found, fitted: Fit, module: nn.Module) -> dict[str, Any]:
@@ -286,10 +285,8 @@ def _record(
     settings = place.settings
     clip = (CHANNELS[place.modality], settings.clips.length, settings.clips.crop, settings.clips.crop)
 
-    def build() -> Recognizer:
-        return recognition.build_network(settings, role, classes, place.modality, not plain)
-
-    found = cost(build, clip)
+    build = task_of(settings).build_network
+    found = cost(lambda: build(settings, role, classes, place.modality, not plain), clip)
     return {
         "schema": SCHEMA,
         "version": version(),
@@ -312,7 +309,7 @@ def _record(
         "seconds": None,
         "store": {"path": None, "fingerprint": None},
         "versions": {"torch": torch.__version__},
-        "progress": {key: None for key in ("epoch", "epochs", "step", "best_epoch", "best_held_out_top1")},
+        "progress": {key: None for key in ("epoch", "epochs", "step", "best_epoch")},
         "protocol": {"weights": "last", "held_out_videos": None, "chosen_on": "imported: unknown"},
         "imported": [report],
     }

@@ -19,13 +19,6 @@ def open_store(place: Place) -> Store:
     Raises:
         GkdError: there is none, or it was prepared with other settings.
     """
-    if place.settings.task == "detection":
-        raise GkdError(
-            f"there is no {place.modality} store for {place.settings.dataset};"
-            " temporal detection is not built yet",
-            str(place.store),
-            "this version trains recognition: demo, folder, hmdb51, ucf101",
-        )
     store = Store.open(place.store)
     differences = setting_differences(store.settings, place.settings.data.stored(place.modality))
     if differences:

@@ -286,7 +286,7 @@ def _record(
 
 
 def _trained(place: Place, stage: str, run: Run) -> Result:
-    record = run.record
+    record, score = run.record, task_of(place.settings).SCORE
     payload = {
         "state": record["state"],
         "run": str(run.folder),
@@ -295,11 +295,7 @@ def _trained(place: Place, stage: str, run: Run) -> Result:
         "parameters": record["parameters"],
         "gmac": record["gmac"],
         "best_epoch": record["progress"]["best_epoch"],
-        **{
-            name.removeprefix("best_"): value
-            for name, value in record["progress"].items()
-            if name.startswith("best_held_out")
-        },
+        f"held_out_{score}": record["progress"][f"best_held_out_{score}"],
         "curves": str(run.folder / "curves.png"),
     }
     then = place.command("distill") if stage == "pretrain" else place.command("evaluate")

@@ -22,18 +22,16 @@ def write(path, model):
     return path
 
 
-def expected(model: str) -> tuple[bool, bool, bool]:
-    """Whether there is a network, a CVAE, and whether it is of detection."""
+def expected(model: str) -> tuple[bool, bool, str | None]:
+    """Whether there is a network, a CVAE, and of which task."""
     cvae = "_cvae_" in model
-    return not cvae, cvae, model.startswith("det_")
+    return not cvae, cvae, "detection" if model.startswith("det_") else "recognition"
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_what_a_file_holds(model, tmp_path):
     contents = open_weights(write(tmp_path / "w.ckpt", model))
-    assert (contents.network is not None, contents.generators is not None, contents.detection) == expected(
-        model
-    )
+    assert (contents.network is not None, contents.generators is not None, contents.task) == expected(model)
     if contents.network is not None:
         assert backbone_kind(contents.network) == (
             "top-i3d" if "student" in model or "topi3d" in model else "i3d"
