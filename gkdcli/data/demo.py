@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import functools
 import json
-import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import av
 import numpy as np
@@ -69,45 +68,104 @@ def draw_clip(class_name: str, seed: int, frames: int = FRAMES, side: int = SIDE
         (T, H, W, 3) uint8.
     """
     assert class_name in CLASSES, class_name
-    look, motion = (np.random.default_rng([seed, part]) for part in (0, 1))
+    return draw_track(_track(class_name, frames, side, np.random.default_rng([seed, 1])), seed, side)
+
+
+def draw_track(track: Track, seed: int, side: int = SIDE) -> NDArray[np.uint8]:
+    """Draws a shape that moves as told.
+
+    Args:
+        track: (T,) each.
+        seed: of shape, colours, ground, noise, and of the state that the track is relative to.
+        side: of the square picture, px.
+
+    Returns:
+        (T, H, W, 3) uint8.
+    """
+    look = np.random.default_rng([seed, 0])
     y, x = np.mgrid[0:side, 0:side].astype(np.float32)
     ground = _ground(x, y, side, look)
-    pictures = _paint(ground, x, y, side, _track(class_name, frames, side, motion), look)
+    pictures = _paint(ground, x, y, side, track, look)
     noise = look.integers(-6, 7, pictures.shape, dtype=np.int8)
     return np.asarray(np.clip(pictures + noise, 0, 255), np.uint8)
 
 
-def _track(class_name: str, frames: int, side: int, rng: np.random.Generator) -> Track:
-    """The motion of a class, with random speed; every class draws the same numbers, so that seeds agree."""
-    t = np.arange(frames, dtype=np.float32) - frames // 2
-    speed = rng.uniform(0.022, 0.036) * side  # px per frame
-    growth = rng.uniform(0.05, 0.08)  # of the log size, per frame
-    spin = rng.uniform(0.13, 0.2)  # radians per frame
-    radius, orbit = rng.uniform(0.18, 0.26) * side, rng.uniform(0.2, 0.32)  # px, radians per frame
-    swing, period = rng.uniform(0.2, 0.28) * side, rng.uniform(11, 16)  # px, frames
-    phase = rng.uniform(0, 2 * np.pi)
-    rest = np.zeros_like(t)
-    still = Track(rest, rest, rest, rest)
-    sense = -1 if class_name.endswith(("left", "up", "shrink", "-anticlockwise")) else 1
-    swinging = (swing * (np.sin(2 * np.pi / period * t + phase) - np.sin(phase))).astype(np.float32)
+class Rates(NamedTuple):
+    """How fast a video's motions are: px, radians and log of the size, per frame; `period` is in frames."""
+
+    speed: float
+    growth: float
+    spin: float
+    radius: float
+    orbit: float
+    swing: float
+    period: float
+    phase: float
+
+
+def draw_rates(side: int, rng: np.random.Generator) -> Rates:
+    """Random rates; every class draws the same numbers, so that seeds agree."""
+    return Rates(
+        speed=rng.uniform(0.022, 0.036) * side,
+        growth=rng.uniform(0.05, 0.08),
+        spin=rng.uniform(0.13, 0.2),
+        radius=rng.uniform(0.18, 0.26) * side,
+        orbit=rng.uniform(0.2, 0.32),
+        swing=rng.uniform(0.2, 0.28) * side,
+        period=rng.uniform(11, 16),
+        phase=rng.uniform(0, 2 * np.pi),
+    )
+
+
+class Step(NamedTuple):
+    """What one frame of a steady motion adds to the state, see `Track`."""
+
+    x: float = 0.0
+    y: float = 0.0
+    log_size: float = 0.0
+    angle: float = 0.0
+
+
+def steady(class_name: str, rates: Rates) -> Step:
+    """The step of a class whose motion is the same in every frame; none for those that orbit or swing."""
+    sense = _sense(class_name)
     match class_name.partition("-")[0]:
         case "left" | "right":
-            return still._replace(x=sense * speed * t)
+            return Step(x=sense * rates.speed)
         case "up" | "down":
-            return still._replace(y=sense * speed * t)
+            return Step(y=sense * rates.speed)
         case "grow" | "shrink":
-            return still._replace(log_size=np.clip(sense * growth * t, -0.7, 0.7))
+            return Step(log_size=sense * rates.growth)
         case "turn":
-            return still._replace(angle=sense * spin * t)
+            return Step(angle=sense * rates.spin)
+        case _:
+            return Step()
+
+
+def _sense(class_name: str) -> int:
+    return -1 if class_name.endswith(("left", "up", "shrink", "-anticlockwise")) else 1
+
+
+def _track(class_name: str, frames: int, side: int, rng: np.random.Generator) -> Track:
+    """The motion of a class, at random rates."""
+    t = np.arange(frames, dtype=np.float32) - frames // 2
+    rates = draw_rates(side, rng)
+    step, radius, phase = steady(class_name, rates), rates.radius, rates.phase
+    track = Track(step.x * t, step.y * t, np.clip(step.log_size * t, -0.7, 0.7), step.angle * t)
+    wave = np.sin(2 * np.pi / rates.period * t + phase) - np.sin(phase)
+    swinging = (rates.swing * wave).astype(np.float32)
+    match class_name.partition("-")[0]:
         case "orbit":
-            turn = sense * orbit * t + phase
-            return still._replace(
+            turn = _sense(class_name) * rates.orbit * t + phase
+            return track._replace(
                 x=radius * (np.cos(turn) - np.cos(phase)), y=radius * (np.sin(turn) - np.sin(phase))
             )
         case "sway":
-            return still._replace(x=swinging)
+            return track._replace(x=swinging)
+        case "bounce":
+            return track._replace(y=swinging)
         case _:
-            return still._replace(y=swinging)
+            return track
 
 
 def _ground(x: Floats, y: Floats, side: int, rng: np.random.Generator) -> Floats:
@@ -183,22 +241,59 @@ def draw_videos(
     Raises:
         GkdError: the folder holds videos that this function has not drawn, or cannot be written to.
     """
-    recipe = {"seed": seed, "version": VERSION}
-    kept = _kept_recipe(folder)
     videos = _plan(folder, per_class, seed)
-    if kept is not None and kept != recipe:
-        for subset in per_class:
-            shutil.rmtree(folder / subset, ignore_errors=True)
-    files.sweep_temporaries(folder)  # of a run that was killed
-    files.write_json(folder / "drawn.json", recipe)
+    recipe = {"seed": seed, "version": VERSION}
+    return draw_missing(folder, "*/*/*.mp4", recipe, videos, _write_video, workers, progress)
+
+
+class Drawable(Protocol):
+    """A video to be drawn."""
+
+    @property
+    def path(self) -> Path:
+        """Its file."""
+
+
+Drawn = TypeVar("Drawn", bound=Drawable)
+
+
+def draw_missing(
+    folder: Path,
+    pattern: str,
+    recipe: Mapping[str, Any],
+    videos: Sequence[Drawn],
+    write: Callable[[Drawn], None],
+    workers: int,
+    progress: Callable[[int, int], None] | None,
+) -> int:
+    """Draws the videos that are not there yet, and deletes those that nobody wants any more.
+
+    Args:
+        folder: is made; `drawn.json` in it keeps the recipe.
+        pattern: of the paths of drawn videos in it.
+        recipe: another one than that of the folder draws all of them anew.
+        videos: all that are wanted.
+        write: a module-level function; draws one.
+        workers: processes.
+        progress: called as (done, total).
+
+    Returns:
+        How many were drawn.
+
+    Raises:
+        GkdError: see `draw_videos`.
+    """
+    kept = _kept_recipe(folder)
     wanted = {video.path for video in videos}
-    for path in folder.glob("*/*/*.mp4"):  # a smaller set was asked for
-        if path not in wanted:
+    files.sweep_temporaries(folder)  # of a run that was killed
+    for path in folder.glob(pattern):
+        if path not in wanted or kept != recipe:
             path.unlink()
+    files.write_json(folder / "drawn.json", recipe)
     missing = [video for video in videos if not video.path.exists()]
     done = len(videos) - len(missing)
     waiting = list(reversed(missing))
-    with Crew(_write_video, min(workers, max(len(missing), 1))) as crew:
+    with Crew(functools.partial(_try, write), min(workers, max(len(missing), 1))) as crew:
         while waiting or crew.busy:
             while waiting and crew.give(waiting[-1]):
                 waiting.pop()
@@ -229,7 +324,7 @@ def _plan(folder: Path, per_class: Mapping[str, int], seed: int) -> list[_Video]
     ]
 
 
-def _kept_recipe(folder: Path) -> dict[str, int] | None:
+def _kept_recipe(folder: Path) -> dict[str, Any] | None:
     marker = folder / "drawn.json"
     if not marker.is_file():
         if any(folder.glob("*/*")):
@@ -240,31 +335,39 @@ def _kept_recipe(folder: Path) -> dict[str, int] | None:
             )
         return None
     try:
-        recipe: dict[str, int] = json.loads(marker.read_text(encoding="utf-8"))
+        recipe: dict[str, Any] = json.loads(marker.read_text(encoding="utf-8"))
         return recipe
     except ValueError:
         return {}
 
 
-def _write_video(video: _Video) -> str | None:
+def _try(write: Callable[[Drawn], None], video: Drawn) -> str | None:
     """Runs in a worker: None, or why the file could not be written (a full disk, a read-only folder)."""
     try:
-        write_clip(video.path, video.class_name, video.seed)
+        write(video)
     except OSError as error:
         return error.strerror or str(error)
     return None
 
 
+def _write_video(video: _Video) -> None:
+    write_clip(video.path, video.class_name, video.seed)
+
+
 def write_clip(path: Path, class_name: str, seed: int) -> None:
-    """Draws a video and writes it as MP4 (H.264, MPEG-4 where FFmpeg was built without x264)."""
-    pixels = draw_clip(class_name, seed)
+    """Draws a video of one class and writes it, see `write_video`."""
+    write_video(path, draw_clip(class_name, seed), FPS)
+
+
+def write_video(path: Path, pixels: NDArray[np.uint8], fps: int) -> None:
+    """Writes (T, H, W, 3) as MP4 (H.264, MPEG-4 where FFmpeg was built without x264)."""
     coder = "libx264" if "libx264" in av.codec.codecs_available else "mpeg4"
     options = {"qscale": "3"}
     if coder == "libx264":
         # without `cpu-independent` x264's vector code gives other bytes now and then, for the same pixels
         options = {"crf": "18", "preset": "veryfast", "threads": "1", "x264-params": "cpu-independent=1"}
     with files.atomic_path(path) as temporary, av.open(str(temporary), "w", format="mp4") as container:
-        stream = container.add_stream(coder, rate=FPS, options=options)
+        stream = container.add_stream(coder, rate=fps, options=options)
         stream.width, stream.height, stream.pix_fmt = pixels.shape[2], pixels.shape[1], "yuv420p"
         for picture in pixels:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))

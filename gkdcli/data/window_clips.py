@@ -5,7 +5,7 @@ Which clips, and what is in them: `gkdcli.data.windows`. Pixels stay uint8, as i
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -49,7 +49,7 @@ class WindowDataset(Dataset[WindowItem]):
     Args:
         store: read lazily, once per process.
         videos: rows of the store.
-        segments: row -> its actions; a row without an entry has none, and no clips.
+        segments: of every row of the store; a video without actions has no clips.
         clips: settings.
         recipe: `official` pads short videos with black, `corrected` with what normalisation makes 0.
         seed: of crop, mirroring and splice; None gives centre crops and neither of the others.
@@ -62,7 +62,7 @@ class WindowDataset(Dataset[WindowItem]):
         self,
         store: Store,
         videos: Sequence[int],
-        segments: Mapping[int, Sequence[Segment]],
+        segments: Sequence[Sequence[Segment]],
         clips: ClipSettings,
         recipe: str,
         seed: int | None,
@@ -74,7 +74,7 @@ class WindowDataset(Dataset[WindowItem]):
         self.windows: list[tuple[int, Window, int]] = []
         for video in videos:
             frames = store.videos[video].frames
-            rows = segment_rows(segments.get(video, ()))
+            rows = segment_rows(segments[video])
             found, shortest = training_windows(frames, rows, clips.length, clips.stride)
             self.windows += [(video, window, shortest) for window in found]
 

@@ -126,4 +126,4 @@ def test_the_shell_is_told_what_may_come_next(gkd_process: Callable[..., Any]) -
     outcome = gkd_process(
         env={"_GKD_COMPLETE": "complete_bash", "COMP_WORDS": "gkd distill demo", "COMP_CWORD": "2"}
     )
-    assert outcome.out.split() == ["demo", "demo-tiny"]
+    assert outcome.out.split() == ["demo", "demo-detection", "demo-detection-tiny", "demo-tiny"]

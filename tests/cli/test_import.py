@@ -307,7 +307,7 @@ REFUSED = {
             | {"coarse_pyramid_detection.loc_heads.0.scale": torch.ones(1)}
         ),
         (),
-        "this is a detection checkpoint; temporal detection is not built yet",
+        "this is a checkpoint of detection; demo-tiny is recognition",
     ),
     "half a backbone": (
         lambda: {n: v for n, v in published_names(tiny_network("student")).items() if "Mixed_4f" not in n},

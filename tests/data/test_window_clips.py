@@ -22,19 +22,20 @@ from gkdcli.settings import ClipSettings
 from tests.stores import Video, jpeg, make_store, picture
 
 CLIPS = ClipSettings(length=32, crop=32, mean=[0.5], std=[0.5], stride=12)
-LONG, SHORT, WHOLE, WIDE = range(4)  # rows of the store
+LONG, SHORT = 0, 1  # rows of the store
 
 
 def action(first: float, last: float, label: int) -> Segment:
     return Segment(first / 10, last / 10, label, first, last)
 
 
-SEGMENTS = {
-    LONG: [action(3.5, 14.25, 0), action(40, 52, 2)],
-    SHORT: [action(4, 15, 1)],
-    WHOLE: [action(2, 20, 1)],
-    WIDE: [action(20, 40, 2), action(10, 15, 0), action(42.5, 48, 1)],
-}
+SEGMENTS = [
+    [action(3.5, 14.25, 0), action(40, 52, 2)],
+    [action(4, 15, 1)],
+    [action(2, 20, 1)],
+    [action(20, 40, 2), action(10, 15, 0), action(42.5, 48, 1)],
+    [],
+]
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +74,8 @@ def same(one: WindowItem, other: WindowItem) -> bool:
 def test_the_clips_are_those_of_the_lists(raw):
     found = dataset(raw)
     expected = []
-    for video, actions in SEGMENTS.items():
-        rows = np.array([(one.first, one.last, one.label + 1) for one in actions])
+    for video, actions in enumerate(SEGMENTS):
+        rows = np.array([(one.first, one.last, one.label + 1) for one in actions]).reshape(-1, 3)
         windows, shortest = training_windows(raw.videos[video].frames, rows, 32, 12)
         expected += [(video, window.offset, window.segments.tolist(), shortest) for window in windows]
     assert len(found) == len(expected) > 6
@@ -171,7 +172,7 @@ def test_two_windows_of_the_same_frames_draw_differently(raw):
 
 
 def test_small_frames_are_scaled_up_to_the_crop(raw):
-    clips = WindowDataset(raw, [4], {4: [action(3, 20, 0)]}, CLIPS, "corrected", 7)
+    clips = WindowDataset(raw, [4], [[]] * 4 + [[action(3, 20, 0)]], CLIPS, "corrected", 7)
     assert working_size(20, 24, CLIPS) == (32, 38)
     item = clips[0, 1, 1]
     assert item.clip.shape == (3, 32, 32, 32)
@@ -249,7 +250,7 @@ def test_a_damaged_video_is_named(tmp_path: Path):
     with PartWriter(part, "jpeg", about) as writer:
         for number in range(40):
             writer.append(b"no picture" if number == 35 else jpeg(picture(1, 40)[number]))
-    found = WindowDataset(store, [0], {0: [action(10, 20, 0)]}, CLIPS, "corrected", 1)
+    found = WindowDataset(store, [0], [[action(10, 20, 0)]], CLIPS, "corrected", 1)
     with pytest.raises(GkdError, match="cannot be decoded") as caught:
         list(load(found, training_order(len(found), 4, 1, 1, 1), workers=0))
     assert "train/v_1" in caught.value.where

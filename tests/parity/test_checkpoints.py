@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gkdcli.models.foreign import backbone_kind, open_weights
+from gkdcli.models.detector import Detector
 from gkdcli.models.network import build_cvae
 from gkdcli.models.recognizer import Recognizer
 from tests.parity.golden import FOLDER, needs_golden, shapes
@@ -58,3 +59,14 @@ def test_each_tensor_of_recognition_finds_its_place(model, tmp_path):
         assert fitted.missing == fitted.wrong_shape == []
         assert len(fitted.unexpected) == 20  # the branch that recognition never uses (FINDINGS 15)
         assert all(name.startswith("Mixed_4f.") for name in fitted.unexpected)
+
+
+@pytest.mark.parametrize("model", [name for name in MODELS if name.startswith("det_")])
+def test_each_tensor_of_detection_finds_its_place(model, tmp_path):
+    contents = open_weights(write(tmp_path / "w.ckpt", model))
+    kind = "i3d" if "teacher" in model else "top-i3d"
+    with torch.device("meta"):
+        network = Detector(kind, 20, length=256, crop=96, channels=2 if "_in2" in model else 3)
+        generators = build_cvae(network)
+    found, module = (contents.network, network) if contents.network else (contents.generators, generators)
+    assert found.fit(module).complete
