@@ -85,10 +85,12 @@ _Video = VideoReader | FrameFolder | ArrayVideo
 
 def _open(source: Source, modalities: Collection[str]) -> _Video:
     if source.path.suffix == ".npy":
-        files = {source.file(modality) for modality in modalities}
-        first = source.path if source.path in files else files.pop()
-        beside = source.flow if source.flow != first and "flow" in modalities else None
-        return ArrayVideo(first, beside, source.stated)
+        if set(modalities) == {"flow"} and source.flow is not None:
+            try:
+                return ArrayVideo(source.flow, stated=source.stated)
+            except BadVideo as error:
+                raise BadFlow(str(error)) from None  # the frames may be good
+        return ArrayVideo(source.path, source.flow if "flow" in modalities else None, source.stated)
     return FrameFolder(source.path) if source.path.is_dir() else VideoReader(source.path)
 
 

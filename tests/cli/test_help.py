@@ -29,7 +29,7 @@ SHARED = {
     "--quiet", "-q", "--verbose", "-v", "--progress", "--show-config", "--dry-run",
 }  # fmt: skip
 OWN = {
-    "prepare": {"--preset", "--name", "--annotations", "--from-frames", "--flow", "--retry"},
+    "prepare": {"--preset", "--name", "--annotations", "--from-frames", "--from-npy", "--flow", "--retry"},
     "pretrain-attention": {
         "--preset", "--backbone", "--init", "--resume", "--max-steps", "--epochs", "--batch-size", "--lr",
     },
