@@ -7,8 +7,8 @@ import json
 import pytest
 import torch
 
-from gkdcli.models.foreign import backbone_kind, open_weights
 from gkdcli.models.detector import Detector
+from gkdcli.models.foreign import backbone_kind, open_weights
 from gkdcli.models.network import build_cvae
 from gkdcli.models.recognizer import Recognizer
 from tests.parity.golden import FOLDER, needs_golden, shapes
