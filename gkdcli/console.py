@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -19,6 +19,13 @@ class Ticker(Protocol):
 
     def __call__(self, done: int, text: str = "") -> None:
         """Shows that `done` of the whole is done."""
+
+
+class Progress(Protocol):
+    """Makes a ticker for so many steps: `Console.progress` with its title given."""
+
+    def __call__(self, total: int) -> AbstractContextManager[Ticker]:
+        """For use in a `with`."""
 
 
 @dataclass

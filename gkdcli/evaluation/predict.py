@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -16,6 +17,7 @@ from torch import Tensor
 from gkdcli.console import Ticker
 from gkdcli.data.clips import ClipDataset, normalise
 from gkdcli.data.loader import load, test_order
+from gkdcli.data.parts import plain_value
 from gkdcli.errors import GkdError
 from gkdcli.files import atomic_path
 
@@ -28,15 +30,13 @@ class Predictions:
         logits: (N, classes, T' - 1), float32.
         labels: (N,), int64.
         videos: `class/name` of each.
-        fingerprint: of the store.
-        weights: SHA-256 of the weights file they were made with.
+        made_with: identifies store, weights and settings; plain values.
     """
 
     logits: NDArray[np.float32]
     labels: NDArray[np.int64]
     videos: list[str]
-    fingerprint: str
-    weights: str
+    made_with: Mapping[str, Any]
 
 
 def predict(
@@ -93,7 +93,7 @@ def save_predictions(path: Path, predictions: Predictions) -> None:
         file["labels"] = predictions.labels
         names = [name.encode("utf-8", "surrogateescape") for name in predictions.videos]
         file["videos"] = np.array(names, dtype=h5py.string_dtype())
-        file.attrs.update(schema=1, fingerprint=predictions.fingerprint, weights=predictions.weights)
+        file.attrs.update(schema=1, **predictions.made_with)
 
 
 def load_predictions(path: Path) -> Predictions:
@@ -110,8 +110,7 @@ def load_predictions(path: Path) -> Predictions:
                 file["logits"][:],
                 file["labels"][:],
                 file["videos"].asstr(errors="surrogateescape")[:].tolist(),
-                str(file.attrs["fingerprint"]),
-                str(file.attrs["weights"]),
+                {name: plain_value(value) for name, value in file.attrs.items() if name != "schema"},
             )
     except (OSError, RuntimeError, KeyError) as error:
         raise GkdError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from gkdcli.console import Ticker
 from gkdcli.data.clips import normalise
+from gkdcli.data.parts import plain_value
 from gkdcli.data.store import Store
 from gkdcli.data.window_clips import Block, window_blocks
 from gkdcli.data.windows import test_offsets
@@ -115,7 +116,7 @@ class WindowFile:
     """`predictions.h5` of a detector: per video its windows, read one at a time.
 
     Attributes:
-        header: what it was made with; see `save_windows`.
+        made_with: identifies store, weights and settings; plain values.
         names: of the videos, in the order of the file.
     """
 
@@ -125,7 +126,7 @@ class WindowFile:
         self.path = path
         try:
             self._file = h5py.File(path, "r", locking=False)
-            self.header = dict(self._file.attrs)
+            self.made_with = {name: plain_value(value) for name, value in self._file.attrs.items()}
             self.names: list[str] = self._file["names"].asstr(errors="surrogateescape")[:].tolist()
         except (OSError, RuntimeError, KeyError) as error:
             raise _damaged(path, error) from None
@@ -151,13 +152,13 @@ class WindowFile:
         self._file.close()
 
 
-def save_windows(path: Path, videos: Iterator[VideoWindows], **header: Any) -> None:
+def save_windows(path: Path, videos: Iterable[VideoWindows], made_with: Mapping[str, Any]) -> None:
     """Writes what `predict_windows` yields, video by video; the file gets its name when all are in it.
 
     Args:
         path: final name.
         videos: each is let go of before the next is asked for.
-        header: plain values that say what the predictions were made with.
+        made_with: plain values that identify the predictions.
     """
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:
         names = []
@@ -169,7 +170,7 @@ def save_windows(path: Path, videos: Iterator[VideoWindows], **header: Any) -> N
                 group[name] = values
             names.append(video.name.encode("utf-8", "surrogateescape"))
         file["names"] = np.array(names, dtype=h5py.string_dtype())
-        file.attrs.update(schema=1, **header)
+        file.attrs.update(made_with)
 
 
 def _damaged(path: Path, error: Exception) -> GkdError:

@@ -5,21 +5,19 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from gkdcli.console import Console
 from gkdcli.data.store import Store
 from gkdcli.errors import ExitCode, GkdError
-from gkdcli.evaluation.fusion import fuse
-from gkdcli.evaluation.predict import Predictions, load_predictions, predict, save_predictions
-from gkdcli.evaluation.scores import check_requirements, class_scores, parse_requirement, recognition_scores
+from gkdcli.evaluation.scores import check_requirements, parse_requirement
 from gkdcli.files import digest, write_json
 from gkdcli.pipeline.lookup import find_run, newest, open_store, require_same_flow, split_videos
-from gkdcli.report import draw_confusion
 from gkdcli.result import Result, jsonable
 from gkdcli.runs import Place, Run
-from gkdcli.tasks.trained import ROLE, chosen_device, rebuild, test_dataset
+from gkdcli.tasks.trained import ROLE, chosen_device, rebuild, task_of
 
 Saved = Literal["never", "may", "must"]  # whether predictions in the run folder may be used
 
@@ -31,7 +29,8 @@ class _Stream:
     place: Place
     store: Store
     run: Run
-    predictions: Predictions
+    videos: list[int]
+    predictions: Any
 
 
 def evaluate(
@@ -71,20 +70,17 @@ def evaluate(
     if dry_run:
         return Result(_plan(places, stores, found), str(found[0].folder))
     saved: Saved = "must" if rescore else "never"
-    streams = [
-        _stream(place, console, store, run, saved)
-        for place, store, run in zip(places, stores, found, strict=True)
-    ]
+    streams = _streams(places, console, stores, found, saved)
     fused, payload = _scored(streams)
     if compare:
         payload["runs"] = _comparison(places, console, stores)
     name = "report" if len(streams) == 1 else "fusion"
     write_json(found[0].folder / f"{name}.json", jsonable(payload))
-    picture = found[0].folder / ("confusion.png" if len(streams) == 1 else "fusion-confusion.png")
-    draw_confusion(payload["confusion"], stores[0].classes, picture)
+    task, first = task_of(found[0].settings), streams[0]
+    fusing = "" if len(streams) == 1 else "fusion-"
+    task.draw(payload, fused, first.store, first.videos, found[0].folder, fusing)
     if output is not None:
-        each = _per_video(fused, stores[0], found[0].record["recipe"])
-        write_json(output, jsonable(payload | {"predictions": each}))
+        write_json(output, jsonable(task.document(payload, fused, first.store, first.videos, first.run)))
     error = check_requirements(payload, requirements)
     code = error.code if error else ExitCode.DONE
     return Result(payload, str(found[0].folder), code, error, f"next: `{places[0].command('export')}`")
@@ -152,58 +148,61 @@ def _require_fusible(
             )
 
 
-def _stream(place: Place, console: Console, store: Store, run: Run, saved: Saved) -> _Stream:
-    videos = split_videos(store, place, "test")
-    return _Stream(place, store, run, _predictions(place, console, run, store, videos, saved))
+def _streams(
+    places: Sequence[Place], console: Console, stores: Sequence[Store], runs: Sequence[Run], saved: Saved
+) -> list[_Stream]:
+    found = []
+    for place, store, run in zip(places, stores, runs, strict=True):
+        videos = split_videos(store, place, "test")
+        # the released fused test of detection gives flow no attention (METHOD.md 5)
+        plain = len(places) > 1 and place.modality == "flow" and run.record["recipe"] == "official"
+        plain = plain and place.settings.task == "detection"
+        predictions = _predictions(place, console, run, store, videos, saved, plain)
+        found.append(_Stream(place, store, run, videos, predictions))
+    return found
 
 
 def _predictions(
-    place: Place, console: Console, run: Run, store: Store, videos: list[int], saved: Saved
-) -> Predictions:
-    path, weights = run.folder / "predictions.h5", digest(run.weights)
+    place: Place, console: Console, run: Run, store: Store, videos: list[int], saved: Saved, plain: bool
+) -> Any:
+    """What a run's network says of some videos; of the `plain` features even where it has an attention."""
+    task, settings = task_of(run.settings), place.settings
+    path = run.folder / f"predictions{'-plain' if plain else ''}.h5"
+    made_with = {"fingerprint": store.fingerprint, "weights": digest(run.weights)}
+    if settings.task == "detection":
+        made_with["stride"] = str(settings.eval.stride)
     if saved != "never":
         kept = None
         with contextlib.nullcontext() if saved == "must" else contextlib.suppress(GkdError):
-            kept = load_predictions(path)
-        if kept and kept.fingerprint == store.fingerprint and kept.weights == weights:
+            kept = task.load(path)
+        if kept and {key: kept.made_with.get(key) for key in made_with} == made_with:
             return kept
         if saved == "must":
             raise GkdError(
-                "the saved predictions are of another store or other weights",
+                "the saved predictions are of another store, other weights or another stride",
                 str(path),
                 "drop --rescore once",
             )
-    device, settings = chosen_device(place.settings), place.settings
+    device = chosen_device(settings)
     network = rebuild(run).to(device)
-    with console.progress(f"evaluate {run.folder.name}", len(videos)) as tick:
-        logits, labels = predict(
-            test_dataset(store, run, videos),
-            network.time_logits,
-            batch_size=settings.eval.batch_size,
-            workers=settings.train.workers,
-            device=device,
-            tick=tick,
-        )
-    names = [f"{store.videos[video].class_name}/{store.videos[video].name}" for video in videos]
-    predictions = Predictions(logits, labels, names, store.fingerprint, weights)
-    save_predictions(path, predictions)
-    return predictions
+    if plain:
+        network.scores_attended = False
+    progress = partial(console.progress, f"evaluate {run.folder.name}")
+    task.predict_run(path, run, network, store, videos, settings, made_with, device, progress)
+    return task.load(path)
 
 
-def _scored(streams: Sequence[_Stream]) -> tuple[Predictions, dict[str, Any]]:
-    """Fused predictions and the document of `evaluate`, of two streams with each one's scores."""
+def _scored(streams: Sequence[_Stream]) -> tuple[Any, dict[str, Any]]:
+    """What was found, fused, and the document of `evaluate`; of two streams with each one's scores."""
     if len(streams) == 1:
-        return streams[0].predictions, _score(streams[0])
-    weights = streams[0].place.settings.eval.fusion_weights
-    fused = fuse([stream.predictions for stream in streams], weights)
-    own = {stream.place.modality: _score(stream) for stream in streams}
+        return _score(streams[0])
+    first, summary = streams[0], task_of(streams[0].run.settings).SUMMARY
+    own = {stream.place.modality: _score(stream)[1] for stream in streams}
     rgb, flow = own["rgb"], own["flow"]
-    first = streams[0]
-    recipe = first.run.record["recipe"]
-    scores = recognition_scores(fused.logits, fused.labels, first.store.classes, recipe)
+    scores, fused = _task_scores(first, [stream.predictions for stream in streams])
     payload = {
         "streams": [
-            {"stream": name, **{key: part[key] for key in ("top1", "top5", "mean_class_top1")}}
+            {"stream": name, **{key: part[key] for key in summary}}
             for name, part in (("rgb", rgb), ("flow", flow), ("fused", scores))
         ],
         **scores,
@@ -213,11 +212,15 @@ def _scored(streams: Sequence[_Stream]) -> tuple[Predictions, dict[str, Any]]:
         "training_seconds": _sum(rgb["training_seconds"], flow["training_seconds"]),
         "rgb": rgb,
         "flow": flow,
-        "fused": {key: scores[key] for key in ("top1", "top5", "mean_class_top1")},
+        "fused": {key: scores[key] for key in summary},
         "protocol": {
-            **{key: rgb["protocol"][key] for key in ("dataset", "split", "videos", "recipe", "views")},
+            **{
+                key: value
+                for key, value in rgb["protocol"].items()
+                if key in ("dataset", "split", "videos", "recipe") or key in _task_protocol(first)
+            },
             "modality": "rgb+flow",
-            "fusion_weights": list(weights),
+            "fusion_weights": list(first.place.settings.eval.fusion_weights),
             "flow_method": flow["protocol"]["flow_method"],
             "rgb_run": str(first.run.folder),
             "flow_run": str(streams[1].run.folder),
@@ -228,19 +231,28 @@ def _scored(streams: Sequence[_Stream]) -> tuple[Predictions, dict[str, Any]]:
     return fused, payload
 
 
+def _task_scores(first: _Stream, predictions: list[Any]) -> tuple[dict[str, Any], Any]:
+    task = task_of(first.run.settings)
+    return task.score(predictions, first.store, first.videos, first.place.settings, first.run)
+
+
+def _task_protocol(stream: _Stream) -> dict[str, Any]:
+    return task_of(stream.run.settings).protocol(stream.run, stream.place.settings)
+
+
 def _sum(*values: float | None) -> float | None:
     """None where one is unknown: of imported weights nobody knows how they were trained."""
     known = [value for value in values if value is not None]
     return sum(known) if len(known) == len(values) else None
 
 
-def _score(stream: _Stream) -> dict[str, Any]:
-    """The document of one stream."""
-    place, run, store, predictions = stream.place, stream.run, stream.store, stream.predictions
+def _score(stream: _Stream) -> tuple[Any, dict[str, Any]]:
+    """What was found, and the document of one stream."""
+    place, run, store = stream.place, stream.run, stream.store
     record = run.record
-    scores = recognition_scores(predictions.logits, predictions.labels, store.classes, record["recipe"])
+    scores, found = _task_scores(stream, [stream.predictions])
     flow = {"flow_method": store.settings["flow"]} if place.modality == "flow" else {}
-    return scores | {
+    return found, scores | {
         "model": ROLE[record["stage"]] + (" (plain)" if record["method"] == "none" else ""),
         "parameters": record["parameters"],
         "gmac": record["gmac"],
@@ -249,14 +261,14 @@ def _score(stream: _Stream) -> dict[str, Any]:
             "dataset": store.dataset,
             "modality": place.modality,
             "split": place.split,
-            "videos": len(predictions.videos),
+            "videos": len(stream.videos),
             "recipe": record["recipe"],
-            "views": "middle window, centre crop",
+            **_task_protocol(stream),
             "clip_frames": run.settings.clips.length,
             "crop_px": run.settings.clips.crop,
             **flow,
             "store": store.fingerprint,
-            "weights_sha256": predictions.weights,
+            "weights_sha256": digest(run.weights),
             **record["protocol"],
         },
     }
@@ -280,19 +292,16 @@ def _comparison(places: Sequence[Place], console: Console, stores: Sequence[Stor
         except GkdError:
             console.note(f"no {name} to compare with")
             continue
-        streams = [
-            _stream(place, console, store, run, "may")
-            for place, store, run in zip(places, stores, runs, strict=True)
-        ]
+        streams = _streams(places, console, stores, runs, "may")
         scores = _scored(streams)[1]
         seconds = _sum(*(run.record["seconds"] for run in runs))
         teacher_gmac = rows[0]["gmac"] if rows else scores["gmac"]
-        each = {f"{part['stream']}_top1": part["top1"] for part in scores.get("streams", [])[:-1]}
+        summary = task_of(runs[0].settings).SUMMARY
+        each = {f"{part['stream']}_{summary[0]}": part[summary[0]] for part in scores.get("streams", [])[:-1]}
         rows.append(
             {
                 "model": name,
-                "top1": scores["top1"],
-                "top5": scores["top5"],
+                **{key: scores[key] for key in summary[:2]},
                 **each,
                 "parameters": scores["parameters"],
                 "gmac": scores["gmac"],
@@ -303,16 +312,3 @@ def _comparison(places: Sequence[Place], console: Console, stores: Sequence[Stor
             }
         )
     return rows
-
-
-def _per_video(predictions: Predictions, store: Store, recipe: str) -> list[dict[str, Any]]:
-    scores = class_scores(predictions.logits, recipe)
-    return [
-        {
-            "video": name,
-            "class": store.classes[label],
-            "predicted": store.classes[int(row.argmax())],
-            "score": float(row.max()),
-        }
-        for name, label, row in zip(predictions.videos, predictions.labels, scores, strict=True)
-    ]

@@ -2,23 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from gkdcli.console import Progress, Ticker
 from gkdcli.data.store import Store
 from gkdcli.data.window_clips import WindowDataset
 from gkdcli.errors import GkdError
+from gkdcli.evaluation.decode import decode, fuse_heads
+from gkdcli.evaluation.detection import Detections, GroundTruth, detection_scores
+from gkdcli.evaluation.nms import soft_nms
+from gkdcli.evaluation.windows import VideoWindows, WindowFile, count_windows, predict_windows, save_windows
 from gkdcli.losses.boundary import boundary_contrast, boundary_loss
 from gkdcli.losses.segments import HeadOutputs, Targets, background_loss, segment_losses
 from gkdcli.models.boundary import boundary_max_pool, proposal_segments
-from gkdcli.models.detector import Boundaries, Detector, attended
-from gkdcli.settings import CHANNELS, Role, Settings
+from gkdcli.models.detector import Boundaries, Detector, attended, priors
+from gkdcli.runs import Run
+from gkdcli.settings import CHANNELS, ClipSettings, Role, Settings
 from gkdcli.training.noise import Noise
 from gkdcli.training.steps import Seen, Supervised, Term
 
 SCORE = "average_map"  # what validation gives
+SUMMARY = ("average_map", "average_map_official")
+load = WindowFile
 LEVEL_WEIGHT = 0.1  # of the boundary terms on the two maps of level 0, beside the frame level's 1
 
 
@@ -66,8 +77,8 @@ def supervised_terms(
     feature = attended(seen.features, seen.maps, recipe) if seen.maps else seen.features
     found, boundaries = network.head(feature)
     truth = Targets(targets["segments"], targets["labels"], targets["valid"])
-    frames, priors = network.head.frames, network.head.priors
-    losses = segment_losses(HeadOutputs(*found), truth, priors, frames, weights.refine_iou, recipe)
+    frames, centres = network.head.frames, network.head.priors
+    losses = segment_losses(HeadOutputs(*found), truth, centres, frames, weights.refine_iou, recipe)
     starts, ends = _boundary_losses(boundaries, targets["maps"])
     terms = {
         "location": Term(weights.location_weight, losses.location),
@@ -140,4 +151,160 @@ def held_out_score(
     device: torch.device,
     limit: int | None = None,
 ) -> float:
-    return 0.0
+    """Average mAP over whole videos, or over the first `limit` ones, read by this process."""
+    network.eval()
+    chosen = list(videos)[:limit]
+    workers = settings.train.workers if limit is None else 0
+    found = _windows(network, store, chosen, settings.clips, settings, device, workers, lambda *_: None)
+    detections = _detections(((one,) for one in found), store, chosen, settings, settings)
+    scores = detection_scores(_truth(store, chosen), detections, settings.eval.tiou or None)
+    return float(np.nan_to_num(scores["average_map"]))
+
+
+def predict_run(
+    path: Path,
+    run: Run,
+    network: Detector,
+    store: Store,
+    videos: list[int],
+    settings: Settings,
+    made_with: Mapping[str, Any],
+    device: torch.device,
+    progress: Progress,
+) -> None:
+    """Writes what a run's network says of all windows of some videos; arguments as of `recognition`."""
+    clips, workers = run.settings.clips, settings.train.workers
+    with progress(count_windows(store, videos, clips.length, settings.eval.stride)) as tick:
+        found = _windows(network, store, videos, clips, settings, device, workers, tick)
+        save_windows(path, found, made_with)
+
+
+def score(
+    streams: Sequence[WindowFile], store: Store, videos: list[int], settings: Settings, run: Run
+) -> tuple[dict[str, Any], Detections]:
+    """MAP and what is wrong, of one stream or of the fusion of two, and the detections that they are of.
+
+    Raises:
+        GkdError: the streams are of other videos or windows.
+    """
+    _require_alike(streams)
+    rows = ([stream[number] for stream in streams] for number in range(len(streams[0])))
+    detections = _detections(rows, store, videos, settings, run.settings)
+    truth = _truth(store, videos)
+    stated = store.ground_truth.get("test", {})
+    scores = detection_scores(truth, detections, settings.eval.tiou or None, stated.get("file", ""))
+    # of what the file states, some videos may not be in the store
+    scores["ground_truth"] |= {f"{key}_in_file": stated.get(key) for key in ("videos", "segments")}
+    return scores, detections
+
+
+def document(
+    payload: Mapping[str, Any], found: Detections, store: Store, videos: list[int], run: Run
+) -> dict[str, Any]:
+    """The detections in the official form, which other evaluators read: what `--output` writes."""
+    return submission(found, _truth(store, videos))
+
+
+def draw(
+    scores: Mapping[str, Any], found: Detections, store: Store, videos: list[int], folder: Path, name: str
+) -> None:
+    """What is wrong, and timelines of a few videos."""
+
+
+def _require_alike(streams: Sequence[WindowFile]) -> None:
+    """Both streams of the same windows."""
+    first = streams[0]
+    for other in streams[1:]:
+        if other.names != first.names:
+            raise GkdError(
+                f"the two streams are of other videos: {len(first)} and {len(other)}",
+                f"{first.path}, {other.path}",
+                "prepare both together: `gkd prepare ... --modality both`",
+            )
+
+
+def protocol(run: Run, settings: Settings) -> dict[str, Any]:
+    """How videos were seen and detections chosen."""
+    chosen = settings.eval
+    return {
+        "views": "all windows, centre crop",
+        "stride_frames": chosen.stride,
+        "nms_sigma": chosen.nms_sigma,
+        "score_threshold": chosen.score_threshold,
+        "top_k": chosen.top_k,
+    }
+
+
+def _windows(
+    network: Detector,
+    store: Store,
+    videos: Sequence[int],
+    clips: ClipSettings,
+    settings: Settings,
+    device: torch.device,
+    workers: int,
+    tick: Ticker,
+) -> Iterator[VideoWindows]:
+    return predict_windows(
+        store,
+        videos,
+        network,
+        clips,
+        stride=settings.eval.stride,
+        batch_size=settings.eval.batch_size,
+        workers=workers,
+        device=device,
+        tick=tick,
+    )
+
+
+def _detections(
+    videos: Iterable[Sequence[VideoWindows]],
+    store: Store,
+    chosen: Sequence[int],
+    settings: Settings,
+    trained: Settings,
+) -> Detections:
+    """What stays of all candidates, video by video, of networks as they were `trained`."""
+    places = {name: place for place, name in enumerate(_truth(store, chosen).videos)}
+    wanted, parts = settings.eval, []
+    for streams in videos:
+        first = streams[0]
+        heads = first.heads
+        if len(streams) > 1:
+            heads = fuse_heads([stream.heads for stream in streams], wanted.fusion_weights)
+        frames = trained.clips.length
+        found = decode(
+            heads,
+            first.offsets,
+            priors(frames).numpy(),
+            clip_frames=frames,
+            fps=first.fps,
+            threshold=wanted.score_threshold,
+        )
+        kept, scores = soft_nms(
+            found.segments,
+            found.scores,
+            sigma=wanted.nms_sigma,
+            floor=wanted.nms_floor,
+            top_k=wanted.top_k,
+            recipe=trained.recipe,
+            groups=found.labels,
+        )
+        video = np.full(len(kept), places.get(first.name, -1))
+        parts.append((video, found.segments[kept], found.labels[kept], scores))
+    return Detections(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+
+
+def _truth(store: Store, videos: Sequence[int]) -> GroundTruth:
+    """The annotated actions of some videos; those that the annotations do not know are left out."""
+    without = {name for subset in store.ground_truth.values() for name in subset.get("without", ())}
+    known = [video for video in videos if store.videos[video].name not in without]
+    rows = [(place, one) for place, video in enumerate(known) for one in store.segments[video]]
+    return GroundTruth(
+        store.classes,
+        [store.videos[video].name for video in known],
+        np.array([place for place, _ in rows], np.int64),
+        np.array([(one.start, one.end) for _, one in rows], np.float64).reshape(-1, 2),
+        np.array([one.label for _, one in rows], np.int64),
+    )

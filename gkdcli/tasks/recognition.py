@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from gkdcli.console import Progress
 from gkdcli.data.clips import ClipDataset
 from gkdcli.data.store import Store
-from gkdcli.evaluation.predict import predict
-from gkdcli.evaluation.scores import class_scores
+from gkdcli.evaluation.fusion import fuse
+from gkdcli.evaluation.predict import Predictions, load_predictions, predict, save_predictions
+from gkdcli.evaluation.scores import class_scores, recognition_scores
 from gkdcli.losses.distill import classification_loss
 from gkdcli.models.attention import attend
 from gkdcli.models.recognizer import Recognizer
+from gkdcli.report import draw_confusion
+from gkdcli.runs import Run
 from gkdcli.settings import CHANNELS, Role, Settings
 from gkdcli.training.noise import Noise
 from gkdcli.training.steps import Seen, Supervised, Term
 
 SCORE = "top1"  # what validation gives
+SUMMARY = ("top1", "top5", "mean_class_top1")
+load = load_predictions
 
 
 def build_network(
@@ -85,3 +92,77 @@ def held_out_score(
         limit=limit,
     )
     return float((class_scores(logits, settings.recipe).argmax(1) == labels).mean())
+
+
+def predict_run(
+    path: Path,
+    run: Run,
+    network: Recognizer,
+    store: Store,
+    videos: list[int],
+    settings: Settings,
+    made_with: Mapping[str, Any],
+    device: torch.device,
+    progress: Progress,
+) -> None:
+    """Writes the logits of a run's network on some videos.
+
+    Args:
+        path: of the predictions.
+        run: whose clip settings are taken.
+        network: of the run, on the device.
+        store: read from.
+        videos: rows of the store.
+        settings: batch size and workers.
+        made_with: identifies the predictions.
+        device: where the network is.
+        progress: made for a number of steps, gives what is told of them.
+    """
+    with progress(len(videos)) as tick:
+        logits, labels = predict(
+            ClipDataset(store, videos, run.settings.clips, run.settings.recipe, seed=None),
+            network.time_logits,
+            batch_size=settings.eval.batch_size,
+            workers=settings.train.workers,
+            device=device,
+            tick=tick,
+        )
+    names = [f"{store.videos[video].class_name}/{store.videos[video].name}" for video in videos]
+    save_predictions(path, Predictions(logits, labels, names, made_with))
+
+
+def score(
+    streams: Sequence[Predictions], store: Store, videos: list[int], settings: Settings, run: Run
+) -> tuple[dict[str, Any], Predictions]:
+    """Scores of one stream or of the fusion of two, and the logits that they are of."""
+    fused = fuse(streams, settings.eval.fusion_weights)
+    return recognition_scores(fused.logits, fused.labels, store.classes, run.record["recipe"]), fused
+
+
+def protocol(run: Run, settings: Settings) -> dict[str, Any]:
+    """What of a video was seen."""
+    return {"views": "middle window, centre crop"}
+
+
+def document(
+    payload: Mapping[str, Any], found: Predictions, store: Store, videos: list[int], run: Run
+) -> dict[str, Any]:
+    """The scores, and the prediction for each video: what `--output` writes."""
+    scores = class_scores(found.logits, run.record["recipe"])
+    each = [
+        {
+            "video": name,
+            "class": store.classes[label],
+            "predicted": store.classes[int(row.argmax())],
+            "score": float(row.max()),
+        }
+        for name, label, row in zip(found.videos, found.labels, scores, strict=True)
+    ]
+    return {**payload, "predictions": each}
+
+
+def draw(
+    scores: Mapping[str, Any], found: Predictions, store: Store, videos: list[int], folder: Path, name: str
+) -> None:
+    """The confusion of classes."""
+    draw_confusion(scores["confusion"], store.classes, folder / f"{name}confusion.png")

@@ -29,10 +29,17 @@ class Task(Protocol):
     """What `recognition` and `detection` have in common."""
 
     SCORE: str
+    SUMMARY: tuple[str, ...]
     build_network: Callable[..., Any]
     supervised_terms: Any
     training_set: Callable[[Store, Sequence[int], Settings], Clips]
     held_out_score: Callable[..., float]
+    load: Callable[[Path], Any]
+    predict_run: Callable[..., None]
+    score: Callable[..., tuple[dict[str, Any], Any]]
+    protocol: Callable[[Run, Settings], dict[str, Any]]
+    document: Callable[..., dict[str, Any]]
+    draw: Callable[..., None]
 
 
 def task_of(settings: Settings) -> Task:
