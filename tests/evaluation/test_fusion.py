@@ -15,7 +15,7 @@ from gkdcli.evaluation.scores import class_scores
 
 def _stream(seed: int, videos: str = "abcd", classes: int = 3, steps: int = 2) -> Predictions:
     logits = np.random.default_rng(seed).normal(size=(len(videos), classes, steps)).astype(np.float32)
-    return Predictions(logits, np.arange(len(videos)) % 3, list(videos), "store", "weights")
+    return Predictions(logits, np.arange(len(videos)) % 3, list(videos), {"weights": "some"})
 
 
 def test_logits_are_added_before_the_softmax() -> None:

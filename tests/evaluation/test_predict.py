@@ -101,9 +101,8 @@ def test_spent_memory_names_the_setting_that_needs_less(dataset):
 def saved() -> Predictions:
     rng = np.random.default_rng(0)
     names = ["run/a", "ünï/日本", "b/\udc80 no text"]
-    return Predictions(
-        rng.normal(size=(3, 4, 2)).astype(np.float32), np.array([2, 0, 1]), names, "f" * 64, "w" * 64
-    )
+    made_with = {"fingerprint": "f" * 64, "weights": "w" * 64}
+    return Predictions(rng.normal(size=(3, 4, 2)).astype(np.float32), np.array([2, 0, 1]), names, made_with)
 
 
 def test_predictions_come_back_as_they_were(saved, tmp_path: Path):
@@ -113,11 +112,7 @@ def test_predictions_come_back_as_they_were(saved, tmp_path: Path):
     assert np.array_equal(found.logits, saved.logits)
     assert found.logits.dtype == np.float32
     assert np.array_equal(found.labels, saved.labels)
-    assert (found.videos, found.fingerprint, found.weights) == (
-        saved.videos,
-        saved.fingerprint,
-        saved.weights,
-    )
+    assert (found.videos, found.made_with) == (saved.videos, saved.made_with)
     assert [entry.name for entry in tmp_path.iterdir()] == ["predictions.h5"]
 
 
