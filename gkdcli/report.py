@@ -36,20 +36,21 @@ def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
 
 
 def draw_curves(metrics: Path, path: Path) -> None:
-    """Every loss term's mean per epoch, and the held-out top-1, as a PNG."""
+    """Every loss term's mean per epoch, and the held-out score, as a PNG."""
     epochs = [entry for entry in _entries(metrics) if "mean" in entry]
     if not epochs:
         return
     figure, axes = _figure(8, 5)
     numbers = [entry["epoch"] for entry in epochs]
-    for name in epochs[0]["mean"]:
+    for name in dict.fromkeys(name for entry in epochs for name in entry["mean"]):
         axes.plot(numbers, [entry["mean"].get(name) for entry in epochs], marker=".", label=name)
     axes.set(xlabel="epoch", ylabel="loss term, mean", yscale="log")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.12, 1))
-    if "held_out_top1" in epochs[0]:
+    held = next((name for name in epochs[0] if name.startswith("held_out_")), None)
+    if held is not None:
         right = axes.twinx()
-        right.plot(numbers, [entry["held_out_top1"] for entry in epochs], color="black", linestyle="--")
-        right.set(ylabel="held-out top-1 (dashed)", ylim=(0, 1))
+        right.plot(numbers, [entry[held] for entry in epochs], color="black", linestyle="--")
+        right.set(ylabel=f"held-out {held.removeprefix('held_out_')} (dashed)", ylim=(0, 1))
     _save(figure, path)
 
 

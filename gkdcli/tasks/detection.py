@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from gkdcli.data.store import Store
+from gkdcli.data.window_clips import WindowDataset
+from gkdcli.errors import GkdError
 from gkdcli.losses.boundary import boundary_contrast, boundary_loss
 from gkdcli.losses.segments import HeadOutputs, Targets, background_loss, segment_losses
 from gkdcli.models.boundary import boundary_max_pool, proposal_segments
@@ -15,6 +18,7 @@ from gkdcli.settings import CHANNELS, Role, Settings
 from gkdcli.training.noise import Noise
 from gkdcli.training.steps import Seen, Supervised, Term
 
+SCORE = "average_map"  # what validation gives
 LEVEL_WEIGHT = 0.1  # of the boundary terms on the two maps of level 0, beside the frame level's 1
 
 
@@ -88,6 +92,23 @@ def supervised_terms(
     return Supervised(terms, last if recipe == "official" else None)
 
 
+def training_set(store: Store, videos: Sequence[int], settings: Settings) -> WindowDataset:
+    """The clips of some videos that show an action (METHOD.md 5).
+
+    Raises:
+        GkdError: fewer of them than one batch.
+    """
+    found = WindowDataset(store, videos, store.segments, settings.clips, settings.recipe, settings.train.seed)
+    if len(found) < settings.optim.batch_size:
+        raise GkdError(
+            f"there are {len(found)} training clips, fewer than a batch of {settings.optim.batch_size}",
+            f"{store.path}: {len(videos)} training videos",
+            "a clip is kept where an action lies wholly inside it: `--set clips.length=...` makes it longer,"
+            " `--batch-size` the batch smaller",
+        )
+    return found
+
+
 def _boundary_losses(boundaries: Boundaries, maps: Tensor) -> tuple[Tensor, Tensor]:
     """Of starts and of ends, over the frame-level feature and the two maps of level 0."""
     totals = [maps.new_zeros(()), maps.new_zeros(())]
@@ -109,3 +130,14 @@ def _contrast(boundaries: Boundaries, proposals: Tensor) -> Tensor:
     ):
         total = total + weight * boundary_contrast(boundary_max_pool(feature, segments), everywhere)
     return total
+
+
+def held_out_score(
+    network: Detector,
+    store: Store,
+    videos: Sequence[int],
+    settings: Settings,
+    device: torch.device,
+    limit: int | None = None,
+) -> float:
+    return 0.0

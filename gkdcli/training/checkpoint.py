@@ -25,7 +25,7 @@ class Position:
     seconds: float = 0.0
     best: float | None = None
     best_epoch: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
+    sums: dict[str, list[float]] = field(default_factory=dict)  # of the epoch in work: each term's, and clips
 
 
 @dataclass

@@ -63,11 +63,6 @@ class Schedule:
         return -(-self.clips // self.optim.batch_size)
 
     @property
-    def clips_seen(self) -> int:
-        """In one pass."""
-        return self.batches * self.optim.batch_size if self.drop_last else self.clips
-
-    @property
     def steps_per_epoch(self) -> int:
         """Batches of all passes."""
         return len(self.parts) * self.batches

@@ -251,7 +251,8 @@ class Trainer:
         position, spot = self.position, self.schedule.spot(self.position.step)
         for name, value in values.items():
             if name != "loss":
-                position.sums[name] = position.sums.get(name, 0.0) + value * clips
+                total, counted = position.sums.get(name, (0.0, 0))
+                position.sums[name] = [total + value * clips, counted + clips]
         entry = {
             "step": position.step + 1,
             "epoch": spot.epoch,
@@ -264,8 +265,7 @@ class Trainer:
     def _end_epoch(self) -> None:
         """Means over the epoch's clips, validation, and a checkpoint."""
         position, epoch = self.position, self.epoch - 1
-        # a term belongs to one pass, and every clip comes once in a pass
-        means = {name: value / self.schedule.clips_seen for name, value in position.sums.items()}
+        means = {name: value / clips for name, (value, clips) in position.sums.items()}
         entry: dict[str, Any] = {"epoch": epoch, "mean": means}
         position.sums = {}
         if self.job.validate is not None:
