@@ -165,8 +165,8 @@ def detection_scores(
 
     Returns:
         `map` by the text of the tIoU, `average_map` (over 0.3 to 0.7, or over the given ones),
-        `average_map_official` (over 0.1 to 0.5, always), `per_class` (class, segments, detections, ap by
-        tIoU, average) and `ground_truth` (what was scored against what).
+        `average_map_official` (over 0.1 to 0.5, always), `per_class` (class, segments, ap by tIoU,
+        average) and `ground_truth` (what was scored against what).
 
     Raises:
         GkdError: a threshold outside (0, 1] or there twice (exit code 2).
@@ -187,7 +187,6 @@ def detection_scores(
     each = np.stack([row[value] for value in averaged])
     known = (detections.video >= 0) & (detections.labels >= 0)
     segments = np.bincount(truth.labels, minlength=len(truth.classes))
-    found = np.bincount(detections.labels[known], minlength=len(truth.classes))
     return {
         "map": {name: _mean(values) for name, values in zip(names, shown, strict=True)},
         "average_map": _mean(each),
@@ -196,7 +195,6 @@ def detection_scores(
             {
                 "class": name,
                 "segments": int(segments[label]),
-                "detections": int(found[label]),
                 "ap": dict(zip(names, shown[:, label].tolist(), strict=True)),
                 "average": float(each[:, label].mean()),
             }
