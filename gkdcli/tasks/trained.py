@@ -38,7 +38,7 @@ class Task(Protocol):
     predict_run: Callable[..., None]
     score: Callable[..., tuple[dict[str, Any], Any]]
     protocol: Callable[[Run, Settings], dict[str, Any]]
-    document: Callable[..., dict[str, Any]]
+    write_output: Callable[..., None]
     draw: Callable[..., None]
 
 
