@@ -168,9 +168,7 @@ def draw_timelines(videos: Sequence[Timeline], path: Path) -> None:
         axes.tick_params(axis="y", length=0)
         axes.tick_params(axis="x", labelsize=8)
         axes.spines[["top", "right", "left"]].set_visible(False)
-        some = (
-            f"the best {len(kept)} of {len(video.found)}" if len(kept) < len(video.found) else f"{len(kept)}"
-        )
+        some = f"{len(kept)} of {len(video.found)}" if len(kept) < len(video.found) else f"{len(kept)}"
         title = f"{drawable(video.name)}: {len(video.truth)} segments, {some} detections"
         axes.set_title(title, fontsize=9, loc="left", parse_math=False)
     grid[-1, 0].set_xlabel(
