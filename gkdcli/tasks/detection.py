@@ -17,12 +17,14 @@ from gkdcli.errors import GkdError
 from gkdcli.evaluation.decode import decode, fuse_heads
 from gkdcli.evaluation.detection import Detections, GroundTruth, class_priors, detection_scores, shuffled
 from gkdcli.evaluation.nms import soft_nms
+from gkdcli.evaluation.profile import false_positive_profile, recall_by_length
 from gkdcli.evaluation.submission import write_submission
 from gkdcli.evaluation.windows import VideoWindows, WindowFile, count_windows, predict_windows, save_windows
 from gkdcli.losses.boundary import boundary_contrast, boundary_loss
 from gkdcli.losses.segments import HeadOutputs, Targets, background_loss, segment_losses
 from gkdcli.models.boundary import boundary_max_pool, proposal_segments
 from gkdcli.models.detector import Boundaries, Detector, attended, priors
+from gkdcli.report_detection import Timeline, draw_profile, draw_timelines
 from gkdcli.runs import Run
 from gkdcli.settings import CHANNELS, ClipSettings, Role, Settings
 from gkdcli.training.noise import Noise
@@ -31,6 +33,7 @@ from gkdcli.training.steps import Seen, Supervised, Term
 SCORE = "average_map"  # what validation gives
 SUMMARY = ("average_map", "average_map_official")
 load = WindowFile
+_SHOWN = 3  # videos in the picture of timelines
 LEVEL_WEIGHT = 0.1  # of the boundary terms on the two maps of level 0, beside the frame level's 1
 
 
@@ -204,7 +207,11 @@ def score(
         "average_map_of_shuffled_scores": by_chance["average_map"],
         "average_map_of_class_priors": priors_alone["average_map"],
     }
-    return scores | averages, detections
+    wrong = {
+        "false_positives": false_positive_profile(truth, known),
+        "recall_by_length": recall_by_length(truth, known),
+    }
+    return scores | averages | wrong, detections
 
 
 def _class_priors(store: Store, videos: Sequence[int], truth: GroundTruth) -> Detections:
@@ -238,7 +245,18 @@ def write_output(
 def draw(
     scores: Mapping[str, Any], found: Detections, store: Store, videos: list[int], folder: Path, name: str
 ) -> None:
-    """What is wrong, and timelines of a few videos."""
+    """What is wrong, and timelines of the first videos with actions."""
+    draw_profile(scores["false_positives"], scores["recall_by_length"], folder / f"{name}profile.png")
+    shown = [place for place, video in enumerate(videos) if store.segments[video]][:_SHOWN]
+    lines = []
+    for place in shown:
+        row, actions = store.videos[videos[place]], store.segments[videos[place]]
+        own = found.video == place
+        columns = (found.segments[own].tolist(), found.labels[own].tolist(), found.scores[own].tolist())
+        seen = [(*span, store.classes[label], score) for span, label, score in zip(*columns, strict=True)]
+        truth = [(one.start, one.end, store.classes[one.label]) for one in actions]
+        lines.append(Timeline(row.name, truth, seen, row.frames / row.fps))
+    draw_timelines(lines, folder / f"{name}timelines.png")
 
 
 def _require_alike(streams: Sequence[WindowFile]) -> None:
