@@ -87,7 +87,7 @@ def _start_trunk(
     trunk = [name for name in found.missing if not name.startswith("to_tap.")]
     odd = [entry for entry in found.wrong_shape if entry not in fresh]
     require_fit(Fit(found.loaded, trunk, found.unexpected, odd), str(path), f"{backbone.kind} backbone")
-    found.take(fit(network.classifier, tensors, f"{prefix}classifier.1."), "classifier.")
+    found.take(fit(network.get_submodule("classifier"), tensors, f"{prefix}classifier.1."), "classifier.")
     found.unexpected += [name for name in tensors if name.startswith(f"{prefix}fc.")]
     return found
 
