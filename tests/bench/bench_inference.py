@@ -97,7 +97,9 @@ def main() -> None:
                     times[who].append(time.perf_counter() - began)
             loop, mine = statistics.median(times["loop"]), statistics.median(times["ours"])
             windows = sum(len(test_offsets(row.frames, clips.length, stride)) for row in store.videos)
-            print(f"{storage}: {windows} windows, loop {loop:.2f} s, ours {mine:.2f} s, ratio {loop / mine:.2f}")
+            print(
+                f"{storage}: {windows} windows, loop {loop:.2f} s, ours {mine:.2f} s, ratio {loop / mine:.2f}"
+            )
 
 
 if __name__ == "__main__":
