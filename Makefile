@@ -24,7 +24,7 @@ demo: $(STAMP)  ## videos -> stores -> teachers -> students -> scores -> export:
 	gkd pretrain-attention demo
 	gkd distill demo --set distill.method=none
 	gkd distill demo
-	gkd evaluate demo --compare
+	gkd evaluate demo --model all
 	gkd pretrain-attention demo --modality flow
 	gkd distill demo --modality flow
 	gkd evaluate demo --fusion

@@ -32,7 +32,7 @@ def main() -> None:
         seconds = time.monotonic() - started
         compared, fused = (
             json.loads(run(f"gkd evaluate demo --rescore {flag} --json -q", folder)[1])["result"]
-            for flag in ("--compare", "--fusion")
+            for flag in ("--model all", "--fusion")
         )
     text = replace_block(text, "figures", _figures(compared["runs"], fused, seconds))
     text = replace_block(text, "demo", f"```\n{''.join(shown)}```\n")
@@ -62,7 +62,7 @@ def _figures(rows: list[dict[str, Any]], fused: dict[str, Any], seconds: float) 
         "| drawn demo | top-1 | top-5 | parameters | GMAC per clip | training | measured by |",
         "|---|---|---|---|---|---|---|",
     ]
-    named = [(f"{row['model']}, rgb", row, "--compare") for row in rows]
+    named = [(f"{row['model']}, rgb", row, "--model all") for row in rows]
     named += [("distilled student, flow", fused["flow"], "--fusion"), ("both streams", fused, "--fusion")]
     for name, row, flag in named:
         lines.append(

@@ -88,6 +88,14 @@ class Which(StrEnum):
     teacher = "teacher"
 
 
+class Scored(StrEnum):
+    """Which networks `gkd evaluate` scores."""
+
+    student = "student"
+    teacher = "teacher"
+    all = "all"
+
+
 class Format(StrEnum):
     """What `gkd export` writes."""
 
@@ -123,6 +131,8 @@ def _setting(name: str, flag: str, panel: str = RUN_PANEL, **given: Any) -> Any:
 
 Flow = Annotated[FlowMethod | None, _setting("data.flow", "--flow", DATA_PANEL)]
 FusionWeights = Annotated[str | None, _setting("eval.fusion_weights", "--fusion-weights", metavar="RGB,FLOW")]
+
+Tiou = Annotated[str | None, _setting("eval.tiou", "--tiou", metavar="0.1,0.5|0.1:0.9:0.1")]
 
 
 def run_option(flag: str, which: str) -> Any:

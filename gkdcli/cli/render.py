@@ -74,6 +74,7 @@ def _table(rows: list[dict[str, Any]]) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    rows = [_spread(row) for row in rows]
     table = Table(box=None, pad_edge=False, header_style="bold")
     for key in rows[0]:
         number = isinstance(rows[0][key], (int, float)) and not isinstance(rows[0][key], bool)
@@ -83,6 +84,14 @@ def _table(rows: list[dict[str, Any]]) -> None:
     # a pipe has no width: nothing is cut there
     width = None if sys.stdout.isatty() else 200
     Console(file=sys.stdout, markup=False, highlight=False, width=width).print(table)
+
+
+def _spread(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with the values of the dictionaries in it as columns of their own."""
+    flat: dict[str, Any] = {}
+    for key, value in row.items():
+        flat |= value if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def _long_table(rows: list[dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,6 +10,7 @@ import typer
 
 from gkdcli.cli.commands import app, execute, one_preset
 from gkdcli.cli.options import (
+    DATA_PANEL,
     OUTPUT_PANEL,
     RUN_PANEL,
     Format,
@@ -17,7 +19,9 @@ from gkdcli.cli.options import (
     PresetArgument,
     PresetOption,
     RunFolder,
+    Scored,
     Shared,
+    Tiou,
     Which,
     run_option,
     shared_flags,
@@ -35,7 +39,13 @@ def evaluate(
     shared: Shared,
     preset: PresetArgument = None,
     preset_option: PresetOption = None,
-    model: Model = Which.student,
+    model: Annotated[
+        Scored,
+        typer.Option(
+            help="Which network; all: the student, and the newest teacher and plain student beside it.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = Scored.student,
     run: RunFolder = None,
     fusion: Annotated[
         bool,
@@ -48,20 +58,29 @@ def evaluate(
     rgb_run: Annotated[Path | None, run_option("--rgb-run", "the rgb network in --fusion")] = None,
     flow_run: Annotated[Path | None, run_option("--flow-run", "the flow network in --fusion")] = None,
     fusion_weights: FusionWeights = None,
-    compare: Annotated[
-        bool,
-        typer.Option(
-            "--compare",
-            help="Score the newest teacher, plain and distilled student, side by side.",
-            rich_help_panel=RUN_PANEL,
-        ),
-    ] = False,
     rescore: Annotated[
         bool,
         typer.Option(
             "--rescore", help="Score saved predictions again; no network runs.", rich_help_panel=RUN_PANEL
         ),
     ] = False,
+    predictions: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Detection: score this .json or .json.gz instead of a network; no store is needed.",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None,
+    ground_truth: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="Of --predictions: ActivityNet JSON; default: thumos_gt.json under datasets/<dataset>/.",
+            rich_help_panel=DATA_PANEL,
+        ),
+    ] = None,
+    tiou: Tiou = None,
     require: Annotated[
         list[str] | None,
         typer.Option(
@@ -79,21 +98,54 @@ def evaluate(
         ),
     ] = None,
 ) -> None:
-    """Scores a trained network on the test videos."""
+    """Scores a trained network on the test videos, or a file of detections."""
     runs = {"run": run, "rgb_run": rgb_run, "flow_run": flow_run}
     _check_fusion_flags(fusion, shared.modality.value, runs, fusion_weights)
-    flags = {"eval.fusion_weights": ("--fusion-weights", _pair("--fusion-weights", fusion_weights))}
+    if predictions is not None:
+        odd = {
+            "--model": model != Scored.student,
+            "--run": run is not None,
+            "--fusion": fusion,
+            "--rescore": rescore,
+        }
+        if named := [flag for flag, is_given in odd.items() if is_given]:
+            hint = "a file is scored as it is; no network has a part in it"
+            raise usage_error(f"{named[0]} does not go with --predictions", named[0], hint)
+    elif ground_truth is not None:
+        hint = "networks are scored against the annotations in the store"
+        raise usage_error("--ground-truth does not go without --predictions", "--ground-truth", hint)
+    flags: dict[str, tuple[str, Any]] = {
+        "eval.fusion_weights": ("--fusion-weights", _pair("--fusion-weights", fusion_weights)),
+        "eval.tiou": ("--tiou", None if tiou is None else thresholds("--tiou", tiou)),
+    }
 
     def call(*given: Any) -> Result:
+        if predictions is not None:
+            from gkdcli.pipeline.score_file import score_file
+
+            place, console = given
+            return score_file(
+                place,
+                console,
+                predictions=predictions,
+                ground_truth=ground_truth,
+                require=require or [],
+                output=output,
+                dry_run=shared.dry_run,
+            )
+        if tiou is not None and given[0].settings.task != "detection":
+            raise usage_error(
+                "--tiou is of detection only", f"--tiou {tiou}", "drop it, or name another preset"
+            )
         from gkdcli.pipeline.evaluate import evaluate
 
         *places, console = given
         return evaluate(
             places,
             console,
-            model=model.value,
+            model="teacher" if model == Scored.teacher else "student",
             runs=[rgb_run, flow_run] if fusion else [run],
-            compare=compare,
+            compare=model == Scored.all,
             rescore=rescore,
             require=require or [],
             output=output,
@@ -134,6 +186,25 @@ def _pair(flag: str, text: str | None) -> list[float] | None:
     except ValueError:
         raise usage_error(f"`{text}` is no pair of numbers", f"{flag} {text}", "for example 1,1.5") from None
     return [rgb, flow]
+
+
+def thresholds(flag: str, text: str) -> list[float]:
+    """`0.1,0.5` -> [0.1, 0.5]; `0.1:0.9:0.1` -> [0.1, 0.2, ... 0.9], the end included.
+
+    Raises:
+        GkdError: neither of them (exit code 2).
+    """
+    try:
+        if ":" not in text:
+            return [float(word) for word in text.split(",")]
+        start, stop, step = (float(word) for word in text.split(":"))
+        count = math.floor((stop - start) / step + 1e-6) + 1
+        if step > 0 and 1 <= count <= 1000:
+            return [round(start + step * number, 10) for number in range(count)]
+    except (ValueError, ArithmeticError):
+        pass
+    what = f"`{text}` is neither a list nor a range of thresholds"
+    raise usage_error(what, f"{flag} {text}", "for example 0.3,0.5 or 0.1:0.9:0.1 (start:stop:step)")
 
 
 @app.command("export")

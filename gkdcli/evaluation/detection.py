@@ -79,9 +79,8 @@ def mean_ap(truth: GroundTruth, detections: Detections, thresholds: Sequence[flo
         own = truth.labels == label
         if own.any():
             chosen = ranked[detections.labels[ranked] == label]
-            right = _right(
-                truth.video[own], truth.segments[own], detections.video[chosen], detections.segments[chosen], tious
-            )  # fmt: skip
+            video, segments = detections.video[chosen], detections.segments[chosen]
+            right = _right(truth.video[own], truth.segments[own], video, segments, tious)
             ap[:, label] = average_precision(right, int(own.sum()))
     return ap
 
@@ -156,7 +155,7 @@ def tiou_text(value: float) -> str:
 def detection_scores(
     truth: GroundTruth, detections: Detections, thresholds: Sequence[float] | None = None, source: str = ""
 ) -> dict[str, Any]:
-    """MAP by tIoU, its averages, and AP by class; NaN where there is nothing to find.
+    """Mean AP by tIoU, its averages, and AP by class; NaN where there is nothing to find.
 
     Args:
         truth: what there is.
@@ -166,8 +165,8 @@ def detection_scores(
 
     Returns:
         `map` by the text of the tIoU, `average_map` (over 0.3 to 0.7, or over the given ones),
-        `average_map_official` (over 0.1 to 0.5, always), `per_class` (class, segments, detections, ap by
-        tIoU, average) and `ground_truth` (what was scored against what).
+        `average_map_official` (over 0.1 to 0.5, always), `per_class` (class, segments, ap by tIoU,
+        average) and `ground_truth` (what was scored against what).
 
     Raises:
         GkdError: a threshold outside (0, 1] or there twice (exit code 2).
@@ -188,7 +187,6 @@ def detection_scores(
     each = np.stack([row[value] for value in averaged])
     known = (detections.video >= 0) & (detections.labels >= 0)
     segments = np.bincount(truth.labels, minlength=len(truth.classes))
-    found = np.bincount(detections.labels[known], minlength=len(truth.classes))
     return {
         "map": {name: _mean(values) for name, values in zip(names, shown, strict=True)},
         "average_map": _mean(each),
@@ -197,7 +195,6 @@ def detection_scores(
             {
                 "class": name,
                 "segments": int(segments[label]),
-                "detections": int(found[label]),
                 "ap": dict(zip(names, shown[:, label].tolist(), strict=True)),
                 "average": float(each[:, label].mean()),
             }
@@ -227,3 +224,35 @@ def _duplicates(truth: GroundTruth) -> int:
     """Segments that repeat video, class, start and end of another."""
     rows = np.column_stack([truth.video, truth.labels, truth.segments])
     return len(rows) - len(np.unique(rows, axis=0))
+
+
+def shuffled(detections: Detections, seed: int) -> Detections:
+    """The same segments and classes with their scores dealt out at random: what mAP is without a ranking."""
+    order = np.random.default_rng(seed).permutation(len(detections.scores))
+    return detections._replace(scores=detections.scores[order])
+
+
+def class_priors(labels: Ints, lengths: Floats, durations: Floats) -> Detections:
+    """What one can say of videos without looking at them.
+
+    Each video is cut, for every class, into windows of the usual length of its actions; the score is how
+    common the class is.
+
+    Args:
+        labels: (N,) of the actions trained on, from 0.
+        lengths: (N,) seconds, likewise.
+        durations: (V,) seconds, of the videos of the ground truth, in its order.
+    """
+    parts = []
+    for label in np.unique(labels):
+        usual = float(lengths[labels == label].mean())
+        count = np.maximum(np.ceil(durations / usual), 1).astype(np.int64)
+        video = np.repeat(np.arange(len(durations)), count)
+        start = (np.arange(len(video)) - np.repeat(np.cumsum(count) - count, count)) * usual
+        segments = np.stack([start, np.minimum(start + usual, durations[video])], axis=1)
+        frequency = np.full(len(video), (labels == label).mean())
+        parts.append(Detections(video, segments, np.full(len(video), label), frequency))
+    if not parts:
+        nothing = np.zeros(0, np.int64)
+        return Detections(nothing, np.zeros((0, 2)), nothing, np.zeros(0))
+    return Detections(*(np.concatenate(column) for column in zip(*parts, strict=True)))

@@ -87,6 +87,23 @@ def parse_requirement(text: str) -> tuple[str, str, float]:
     raise usage_error(f"`{text}` is not a requirement", "--require", "write --require 'top1>=0.6'")
 
 
+def _score_called(name: str, scores: Any) -> int | float | None:
+    """`map.0.5` -> scores["map"]["0.5"]: a key may hold dots itself."""
+    if not isinstance(scores, dict):
+        return None
+    if isinstance(scores.get(name), (int, float)):
+        return scores[name]  # type: ignore[no-any-return]  # just checked
+    heads = [name[:place] for place, sign in enumerate(name) if sign == "."]
+    found = (_score_called(name[len(head) + 1 :], scores.get(head)) for head in heads)
+    return next((value for value in found if value is not None), None)
+
+
+def _score_names(scores: dict[str, Any]) -> list[str]:
+    """What a requirement may ask for first: plain scores, then those by threshold."""
+    plain = [key for key, score in scores.items() if isinstance(score, (int, float))]
+    return plain + [f"map.{key}" for key in scores.get("map", {})]
+
+
 def check_requirements(scores: dict[str, Any], requirements: list[tuple[str, str, float]]) -> GkdError | None:
     """The first requirement that the scores miss, as an error of exit code 4.
 
@@ -94,11 +111,9 @@ def check_requirements(scores: dict[str, Any], requirements: list[tuple[str, str
         GkdError: a name that is no score (exit code 2).
     """
     for name, sign, bound in requirements:
-        value: Any = scores
-        for key in name.split("."):
-            value = value.get(key) if isinstance(value, dict) else None
-        if not isinstance(value, (int, float)):
-            known = ", ".join(key for key, score in scores.items() if isinstance(score, (int, float)))
+        value = _score_called(name, scores)
+        if value is None:
+            known = ", ".join(_score_names(scores))
             raise usage_error(
                 f"`{name}` is not a score", f"--require '{name}{sign}{bound:g}'", f"known: {known}"
             )

@@ -38,7 +38,7 @@ def trained(folder: Path, request: pytest.FixtureRequest) -> dict[str, Any]:
     _gkd(folder, "pretrain-attention", "demo", *seed)
     _gkd(folder, "distill", "demo", "--set", "distill.method=none", *seed)
     _gkd(folder, "distill", "demo", *seed)
-    rows = _gkd(folder, "evaluate", "demo", "--compare")["runs"]
+    rows = _gkd(folder, "evaluate", "demo", "--model", "all")["runs"]
     print(request.param, [(row["model"], row["top1"], row["training_seconds"]) for row in rows])
     return {row["model"]: row for row in rows} | {"folder": folder}
 
