@@ -25,7 +25,9 @@ THRESHOLDS = [0.1, 0.3, 0.5, 0.7, 0.9, 1.0]
 SEGMENTS = st.tuples(st.integers(0, 8), st.integers(0, 5)).map(lambda pair: (pair[0], pair[0] + pair[1]))
 # few videos, classes, places and scores: overlaps, duplicates and ties are the rule
 TRUTHS = st.lists(st.tuples(st.integers(0, 2), SEGMENTS, st.integers(0, 2)), max_size=12)
-FOUND = st.lists(st.tuples(st.integers(-1, 2), SEGMENTS, st.integers(-1, 2), st.integers(0, 3)), max_size=25)
+FOUND = st.lists(
+    st.tuples(st.integers(-1, 2), SEGMENTS, st.integers(-1, 2), st.integers(0, 3)), max_size=25
+)
 
 
 def truth_of(rows: list[tuple[int, tuple[float, float], int]]) -> GroundTruth:
@@ -41,9 +43,7 @@ def truth_of(rows: list[tuple[int, tuple[float, float], int]]) -> GroundTruth:
 
 def found_of(rows: list[tuple[int, tuple[float, float], int, float]]) -> Detections:
     """Rows of video, segment, label, score."""
-    return Detections(
-        *truth_of([row[:3] for row in rows])[2:], np.array([row[3] for row in rows], dtype=float)
-    )
+    return Detections(*truth_of([row[:3] for row in rows])[2:], np.array([row[3] for row in rows], dtype=float))
 
 
 @settings(max_examples=300, deadline=None)
@@ -119,13 +119,7 @@ def test_overlap() -> None:
 def test_the_document() -> None:
     truth = truth_of([(0, (0, 10), 0), (0, (0, 10), 0), (1, (0, 10), 1)])
     found = found_of(
-        [
-            (0, (0, 6), 0, 0.9),
-            (1, (0, 10), 1, 0.8),
-            (-1, (0, 1), 0, 1),
-            (1, (0, 1), -1, 1),
-            (-1, (0, 1), -1, 1),
-        ]
+        [(0, (0, 6), 0, 0.9), (1, (0, 10), 1, 0.8), (-1, (0, 1), 0, 1), (1, (0, 1), -1, 1), (-1, (0, 1), -1, 1)]
     )
     scores = detection_scores(truth, found, source="gt.json")
     assert list(scores["map"]) == ["0.1", "0.2", "0.3", "0.4", "0.5", "0.6", "0.7"]

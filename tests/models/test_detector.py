@@ -191,7 +191,7 @@ def test_evaluation_goes_by_the_attended_feature_unless_told_otherwise(features)
     ("norms", "moves", "trained"), [("trained", True, True), ("held", False, True), ("frozen", False, False)]
 )
 def test_batch_norms_are_trained_held_or_frozen(norms: str, moves: bool, trained: bool) -> None:
-    """Held keeps the statistics (FINDINGS 7: gains were meant to stay too), frozen all; the head never minds."""
+    """Held keeps the statistics (FINDINGS 7: gains were meant to stay too), frozen all."""
     network = build()
     network.hold_norms(norms)
     kinds = {name: module for name, module in network.named_modules() if isinstance(module, nn.BatchNorm3d)}
