@@ -111,7 +111,11 @@ def test_the_heads_terms_are_those_of_the_attended_feature(case) -> None:
     for name, expected in losses._asdict().items():
         torch.testing.assert_close(value(case.found, name), expected)
     expected = {"start": 0.0, "end": 0.0}
-    for weight, part in ((1.0, boundaries.frame), (0.1, boundaries.location), (0.1, boundaries.classification)):
+    for weight, part in (
+        (1.0, boundaries.frame),
+        (0.1, boundaries.location),
+        (0.1, boundaries.classification),
+    ):
         for name, loss in boundary_loss(*part.chunk(2, 1), case.targets["maps"])._asdict().items():
             expected[name] += weight * loss
     for name in expected:
@@ -182,7 +186,11 @@ def step(settings, clips, spliced, targets, played=None, ramp=1.0):
         played.student, ours, more, targets, noise, settings
     )
     noise = Noise(0, 1, 1, range(len(clips)))
-    return network_terms(played, clips, seen, noise, ramp, settings.distill, supervised, spliced), played, seen
+    return (
+        network_terms(played, clips, seen, noise, ramp, settings.distill, supervised, spliced),
+        played,
+        seen,
+    )
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -217,7 +225,9 @@ def test_attention_is_distilled_on_clips_and_on_spliced_ones_by_the_same_weight(
     with torch.no_grad():
         terms, *_ = step(settings, clips, spliced, targets, played)
         for shown, name in ((clips, ""), (spliced, ".spliced")):
-            ours, theirs = (see(Forward(), network, shown).maps for network in (played.student, played.teacher))
+            ours, theirs = (
+                see(Forward(), network, shown).maps for network in (played.student, played.teacher)
+            )
             for tap in ("Mixed_5c", "Mixed_4f"):
                 term = terms[f"attention_distillation.{tap}{name}"]
                 assert term.weight == 7.0
