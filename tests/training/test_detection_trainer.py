@@ -1,4 +1,4 @@
-"""Detection through the trainer, on the drawn demo's own store: order, resume, logs, what is held out, padding."""
+"""Detection through the trainer, on the drawn demo's store: order, resume, logs, held-out videos, padding."""
 
 from __future__ import annotations
 
@@ -81,6 +81,21 @@ def undisturbed(store, videos, tmp_path_factory) -> Callable[[str], Trainer]:
     return train
 
 
+def interrupted(root: Path, store: Store, videos: list[int], name: str, run: Run, place: int) -> Trainer:
+    """Goes on with a run until Ctrl-C comes in a step of the network pass."""
+
+    def supervised(*arguments: Any) -> Any:
+        if trainer.position.step == place:
+            os.kill(os.getpid(), signal.SIGINT)
+        return detection.supervised_terms(*arguments)
+
+    trainer = trainer_of(root, store, videos, name, run, supervised=supervised)
+    trainer.restore()
+    with pytest.raises(Interrupted):
+        trainer.fit(None)
+    return trainer
+
+
 @pytest.mark.parametrize("name", RUNS)
 def test_a_run_interrupted_within_an_epoch_goes_on_to_the_same_bits(
     tmp_path: Path, store, videos, undisturbed, name
@@ -91,19 +106,9 @@ def test_a_run_interrupted_within_an_epoch_goes_on_to_the_same_bits(
     assert batches >= 2
     trainer = trainer_of(tmp_path, store, videos, name)
     trainer.fit(1)
-    for place in (max(steps - batches, 1), 2 * steps - batches):  # in the network pass of either epoch
-
-        def signalling(*arguments: Any, at: int = place) -> Any:
-            if trainer.position.step == at:
-                os.kill(os.getpid(), signal.SIGINT)
-            return detection.supervised_terms(*arguments)
-
-        trainer = trainer_of(tmp_path, store, videos, name, Run(trainer.run.folder), supervised=signalling)
-        trainer.restore()
-        with pytest.raises(Interrupted):
-            trainer.fit(None)
-        assert trainer.position.step == place + 1
     run = Run(trainer.run.folder)
+    for place in (max(steps - batches, 1), 2 * steps - batches):  # in the network pass of either epoch
+        assert interrupted(tmp_path, store, videos, name, run, place).position.step == place + 1
     trainer = trainer_of(tmp_path, store, videos, name, run)
     trainer.restore()
     trainer.fit(None)

@@ -77,7 +77,7 @@ def test_both_passes_of_an_epoch_take_every_clip_once_the_last_batch_kept():
 
 @given(plans)
 def test_detection_leaves_a_batch_out_that_is_not_full(kept):
-    """Orders are those of the same clips; every group shares its gradient among the batches that are taken."""
+    """Orders stay; a group's gradient is shared among the batches that are taken."""
     size, group = kept.optim.batch_size, kept.optim.accumulation
     if kept.clips < size:
         return
