@@ -18,10 +18,10 @@ def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
     counts = np.asarray(confusion, dtype=float)
     shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = max(4.0, 0.3 * len(classes) + 2)
-    figure, axes = _figure(side, side)
+    figure, axes = new_figure(side, side)
     image = axes.imshow(shares, vmin=0, vmax=1, cmap="Blues")
     if len(classes) <= 60:
-        names = [_drawable(name) for name in classes]
+        names = [drawable(name) for name in classes]
         axes.set_xticks(range(len(classes)), names, rotation=90, fontsize=8, parse_math=False)
         axes.set_yticks(range(len(classes)), names, fontsize=8, parse_math=False)
     axes.set(xlabel="predicted", ylabel="true", title="share of each class's test videos")
@@ -32,7 +32,7 @@ def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
                 column, row, f"{counts[row, column]:.0f}", ha="center", va="center", color=colour, fontsize=7
             )
     figure.colorbar(image, ax=axes, fraction=0.046)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_curves(metrics: Path, path: Path) -> None:
@@ -40,7 +40,7 @@ def draw_curves(metrics: Path, path: Path) -> None:
     epochs = [entry for entry in _entries(metrics) if "mean" in entry]
     if not epochs:
         return
-    figure, axes = _figure(8, 5)
+    figure, axes = new_figure(8, 5)
     numbers = [entry["epoch"] for entry in epochs]
     for name in dict.fromkeys(name for entry in epochs for name in entry["mean"]):
         axes.plot(numbers, [entry["mean"].get(name) for entry in epochs], marker=".", label=name)
@@ -51,7 +51,7 @@ def draw_curves(metrics: Path, path: Path) -> None:
         right = axes.twinx()
         right.plot(numbers, [entry[held] for entry in epochs], color="black", linestyle="--")
         right.set(ylabel=f"held-out {held.removeprefix('held_out_')} (dashed)", ylim=(0, 1))
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _entries(metrics: Path) -> list[dict[str, Any]]:
@@ -60,22 +60,24 @@ def _entries(metrics: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
 
 
-def _drawable(name: str) -> str:
+def drawable(name: str) -> str:
     """Shortened, and without the bytes of a file name that are no text."""
     text = name.encode("utf-8", "replace").decode()
     return text if len(text) <= 40 else f"{text[:39]}…"
 
 
-def _figure(width: float, height: float) -> tuple[Any, Any]:
+def new_figure(width: float, height: float, **grid: Any) -> tuple[Any, Any]:
+    """A figure of so many inches and its axes: one, or as many as `grid` asks (`Figure.subplots`)."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.add_subplot()
+    return figure, figure.subplots(**grid)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Writes a PNG, whole or not at all."""
     with atomic_path(path) as temporary, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # letters that the font lacks are drawn as boxes
         figure.savefig(temporary, format="png", dpi=110, bbox_inches="tight")

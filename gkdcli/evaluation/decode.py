@@ -36,7 +36,7 @@ class Candidates(NamedTuple):
     """Segments of one video, by class, then window, then prior: the order of the published code.
 
     Args:
-        segments: (N, 2), start and end in seconds; a refinement may turn one around, so that it is empty.
+        segments: (N, 2), start and end in seconds.
         scores: (N,).
         labels: (N,), from 0, ascending.
     """
@@ -80,7 +80,8 @@ def decode(
     """Candidates of all windows of one video and all classes at once.
 
     Distances are `0.5 (l + r) refinement + coarse`, segments are clamped to their window, scores are the mean
-    of both softmaxes times the sigmoid of the centre; what scores above `threshold` stays.
+    of both softmaxes times the sigmoid of the centre; what scores above `threshold` stays. A segment that its
+    refinement turns around, so that it ends before it starts, is none.
 
     Args:
         heads: of the W windows.
@@ -95,9 +96,10 @@ def decode(
     centres = np.asarray(priors, loc.dtype).reshape(1, -1) * clip_frames
     ends = np.stack([centres - distances[..., 0], centres + distances[..., 1]], axis=-1)
     ends = np.clip(ends, 0, clip_frames) + np.asarray(offsets, loc.dtype)[:, None, None]
-    quality = 1 / (1 + np.exp(-heads.center))
+    quality = 0.5 + 0.5 * np.tanh(0.5 * heads.center)  # the sigmoid, without overflow
     scores = (_softmax(heads.conf) + _softmax(heads.prop_conf)) / 2 * quality  # (W, P, 1 + classes)
-    labels, windows, places = np.nonzero(np.moveaxis(scores[..., 1:], -1, 0) > threshold)
+    good = (scores[..., 1:] > threshold) & (ends[..., 1:] >= ends[..., :1])
+    labels, windows, places = np.nonzero(np.moveaxis(good, -1, 0))
     return Candidates(ends[windows, places] / fps, scores[windows, places, labels + 1], labels)
 
 

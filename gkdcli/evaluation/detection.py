@@ -17,6 +17,7 @@ Bools = NDArray[np.bool_]
 USUAL_TIOU = (0.3, 0.4, 0.5, 0.6, 0.7)  # what the field averages over
 OFFICIAL_TIOU = (0.1, 0.2, 0.3, 0.4, 0.5)  # what the released code averages over
 DEFAULT_TIOU = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
+_PAIRS = 1 << 20  # of detection and segment at once, which bounds the memory
 
 
 class GroundTruth(NamedTuple):
@@ -72,16 +73,20 @@ def mean_ap(truth: GroundTruth, detections: Detections, thresholds: Sequence[flo
     """
     tious = np.asarray(thresholds, dtype=np.float64)
     ap = np.full((len(tious), len(truth.classes)), np.nan)
-    known = (detections.video >= 0) & (detections.labels >= 0)
-    ranked = np.argsort(-detections.scores, kind="stable")
-    ranked = ranked[known[ranked]]
-    for label in range(len(truth.classes)):
-        own = truth.labels == label
-        if own.any():
-            chosen = ranked[detections.labels[ranked] == label]
-            video, segments = detections.video[chosen], detections.segments[chosen]
-            right = _right(truth.video[own], truth.segments[own], video, segments, tious)
-            ap[:, label] = average_precision(right, int(own.sum()))
+    known = np.flatnonzero((detections.video >= 0) & (detections.labels >= 0))
+    ranked = known[np.lexsort((-detections.scores[known], detections.labels[known]))]  # stable
+    labels = detections.labels[ranked]
+    right = _right(
+        truth.labels * len(truth.videos) + truth.video,
+        truth.segments,
+        labels * len(truth.videos) + detections.video[ranked],
+        detections.segments[ranked],
+        tious,
+    )
+    edges = np.searchsorted(labels, np.arange(len(truth.classes) + 1))
+    for label, positives in enumerate(np.bincount(truth.labels, minlength=len(truth.classes))):
+        if positives:
+            ap[:, label] = average_precision(right[:, edges[label] : edges[label + 1]], int(positives))
     return ap
 
 
@@ -94,57 +99,63 @@ def average_precision(right: Bools, positives: int) -> Floats:
     return result
 
 
-def _right(truth_video: Ints, truth: Floats, video: Ints, segments: Floats, tious: Floats) -> Bools:
-    """Which detections of a class are right: (thresholds, M), detections by falling score.
+def _right(truth_group: Ints, truth: Floats, group: Ints, segments: Floats, tious: Floats) -> Bools:
+    """Which detections are right: (thresholds, M); a group is a class in a video, the best first.
 
     Choosing in turn, the best first, is what offers and refusals settle at: each detection asks for the
     segment it overlaps most, a segment keeps the best that asked, the refused ask for their next one. So all
-    videos and thresholds go on together, in about as many rounds as detections compete for a segment.
+    groups and thresholds go on together, in about as many rounds as detections compete for a segment.
     """
-    right = np.zeros((len(tious), len(video)), dtype=bool)
-    detection, segment, overlap = _pairs(truth_video, truth, video, segments, tious.min(initial=np.inf))
-    if not len(detection):
-        return right
-    # the offers of a detection are neighbours, most overlap first; a threshold cuts each list short
-    begin = np.searchsorted(detection, np.arange(len(video)))
-    enough = np.concatenate(
-        [np.zeros((len(tious), 1), np.int64), np.cumsum(overlap >= tious[:, None], axis=1)], axis=1
-    )
-    end = begin + enough[:, np.append(begin[1:], len(detection))] - enough[:, begin]
-    asked = np.tile(begin, (len(tious), 1)).ravel()  # by threshold and detection: the offer it has come to
-    end = end.ravel()
-    nobody = len(video)
+    right = np.zeros((len(tious), len(group)), dtype=bool)
+    detection, segment, overlap = _pairs(truth_group, truth, group, segments, tious.min(initial=np.inf))
+    # the pairs of a detection are neighbours, most overlap first; a threshold cuts each list short
+    begin = np.flatnonzero(np.diff(detection, prepend=-1))
+    able = detection[begin]  # those that overlap with any
+    enough = np.cumsum(overlap >= tious[:, None], axis=1)
+    enough = np.concatenate([np.zeros((len(tious), 1), np.int64), enough], axis=1)
+    end = (begin + enough[:, np.append(begin[1:], len(detection))] - enough[:, begin]).ravel()
+    asked = np.tile(begin, len(tious))  # by threshold and detection: the pair it has come to
+    nobody = len(able)
     holder = np.full(len(tious) * len(truth), nobody)  # by threshold and segment: the detection that has it
     asking = np.flatnonzero(asked < end)
     while len(asking):
-        level, who = np.divmod(asking, len(video))
+        level, who = np.divmod(asking, len(able))
         wanted = level * len(truth) + segment[asked[asking]]
         before = holder[wanted]
         np.minimum.at(holder, wanted, who)
         after = holder[wanted]
-        ousted = (level * len(video) + before)[(after < before) & (before < nobody)]
+        ousted = (level * len(able) + before)[(after < before) & (before < nobody)]
         refused = np.unique(np.concatenate([asking[after != who], ousted]))
         asked[refused] += 1
         asking = refused[asked[refused] < end[refused]]
-    level, taken = np.divmod(np.flatnonzero(holder < nobody), len(truth))
-    right[level, holder.reshape(len(tious), -1)[level, taken]] = True
+    level, taken = np.divmod(np.flatnonzero(holder < nobody), max(len(truth), 1))
+    right[level, able[holder[level * len(truth) + taken]]] = True
     return right
 
 
 def _pairs(
-    truth_video: Ints, truth: Floats, video: Ints, segments: Floats, least: float
+    truth_group: Ints, truth: Floats, group: Ints, segments: Floats, least: float
 ) -> tuple[Ints, Ints, Floats]:
-    """Detections and segments of one video that overlap enough: by detection, most overlap first."""
-    by_video = np.argsort(truth_video, kind="stable")
-    first = np.searchsorted(truth_video[by_video], video)
-    count = np.searchsorted(truth_video[by_video], video, side="right") - first
-    detection = np.repeat(np.arange(len(video)), count)
-    within = np.arange(len(detection)) - np.repeat(np.cumsum(count) - count, count)
-    segment = by_video[first[detection] + within]
-    overlap = tiou(truth[segment], segments[detection])
-    kept = np.flatnonzero(overlap >= least)
-    kept = kept[np.lexsort((-overlap[kept], detection[kept]))]  # stable: ties in the order of the file
-    return detection[kept], segment[kept], overlap[kept]
+    """Detections and segments of one group that overlap enough: by detection, most overlap first."""
+    by_group = np.argsort(truth_group, kind="stable")
+    sorted_group = truth_group[by_group]
+    # rows of two numbers are slow to gather
+    sorted_truth, columns = np.ascontiguousarray(truth[by_group].T), np.ascontiguousarray(segments.T)
+    first = np.searchsorted(sorted_group, group)
+    count = np.searchsorted(sorted_group, group, side="right") - first
+    edges = np.flatnonzero(np.diff(np.cumsum(count) // _PAIRS)) + 1
+    parts = []
+    for some in np.split(np.flatnonzero(count), np.searchsorted(np.flatnonzero(count), edges)):
+        many = count[some]
+        detection = np.repeat(some, many)
+        # number of the pair, less that of the detection's first one, plus where its group begins
+        place = np.arange(len(detection)) + np.repeat(first[some] - np.cumsum(many) + many, many)
+        overlap = tiou(sorted_truth.take(place, axis=1).T, columns.take(detection, axis=1).T)
+        kept = np.flatnonzero(overlap >= least)
+        parts.append((detection[kept], by_group[place[kept]], overlap[kept]))
+    detection, segment, overlap = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.lexsort((-overlap, detection))  # stable: ties in the order of the file
+    return detection[order], segment[order], overlap[order]
 
 
 def tiou_text(value: float) -> str:

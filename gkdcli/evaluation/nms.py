@@ -1,10 +1,11 @@
 """Gaussian soft-NMS over many classes and videos at once (METHOD.md 5). NumPy alone.
 
-Greedy: of the open candidates of a group the best is picked, and the scores of the others fall by
-exp(-iou^2 / sigma) of their overlap with it, until none is left above the floor. As scores only fall, whoever is
-above all that overlap with it is picked before them, with the score it has now. Hence whole rounds are picked at
-once: candidates lie by start in tiles, and the best of a tile is picked where it is above every tile that it
-reaches. Levels stand for scores, sigma * log(score), from which iou^2 is taken in any order.
+Greedy: of the open candidates of a group the best is picked, and the scores of the others fall by the
+factor exp(-iou^2 / sigma) of their overlap with it, until none is left above the floor. As scores only
+fall, whoever is above all that overlap with it is picked before them, with the score it has now. Hence
+whole rounds are picked at once: candidates lie by start in tiles, and the best of a tile is picked where it
+is above every tile that it reaches. Levels stand for scores, sigma * log(score), from which iou^2 is taken
+in any order.
 """
 
 from __future__ import annotations
@@ -53,8 +54,8 @@ def soft_nms(
         sigma: of the Gaussian.
         floor: a candidate is open as long as its score is not below.
         top_k: most picks of a group.
-        recipe: `official` ends when one candidate is left open, which is lost, and returns in the order of the
-            input; `corrected` keeps it and returns by group, then falling score (FINDINGS 12).
+        recipe: `official` ends when one candidate is left open, which is lost, and returns in the order of
+            the input; `corrected` keeps it and returns by group, then falling score (FINDINGS 12).
         groups: (N,), whole numbers of class, or of class and video: who competes with whom; default: all do.
 
     Returns:
@@ -142,8 +143,8 @@ def _pick(given: _Candidates, bottom: float) -> tuple[Mask, Array, Places]:
     """Picks until nothing is open.
 
     Returns:
-        What is picked, levels, and times, all (N,): the level is that of the time, which is when one was picked,
-        or some moment after it fell below `bottom`; later falls of closed ones are not followed.
+        What is picked, levels, and times, all (N,): the level is that of the time, which is when one was
+        picked, or some moment after it fell below `bottom`; later falls of closed ones are not followed.
     """
     level, picked = given.level.copy(), np.zeros(len(given.group), np.bool_)
     time = np.zeros(len(given.group), np.int64)
@@ -151,7 +152,7 @@ def _pick(given: _Candidates, bottom: float) -> tuple[Mask, Array, Places]:
     while len(place):
         tiles = _Tiles(given, level, place)
         time[place] += 1
-        left = len(place)
+        left: int | np.signedinteger[Any] = len(place)
         while left > 0.5 * len(place):
             for _ in range(_ROUNDS):
                 chosen, reached = _round(tiles, bottom)
@@ -180,9 +181,12 @@ def _round(tiles: _Tiles, bottom: float) -> tuple[Places, Array]:
     around = np.maximum(around, np.concatenate([around[:1], around[:-1]]))
     around = np.maximum(around, np.concatenate([around[2:], around[-2:]]))
     around = np.maximum(around, np.concatenate([around[:2], around[:-2]]))
-    tile = np.nonzero((best == around) & (best >= bottom))[0]
+    open_ = best >= bottom
+    tile = np.nonzero(open_ & (best == around))[0]
     if not len(tile):
         return tile, best[tile]
+    if len(tile) * 32 < len(best) and np.sum(tiles.high - tiles.low) < 64 * len(best):
+        tile = np.nonzero(open_)[0]  # scores that rise or fall for long: few stand out, many may be free
     row = tiles.level.take(tile, axis=1).argmax(axis=0)
     start, end = tiles.start[row, tile], tiles.end[row, tile]
     low = tiles.low.take(tile)

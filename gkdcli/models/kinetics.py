@@ -9,7 +9,7 @@ from torch import Tensor
 
 from gkdcli.errors import GkdError
 from gkdcli.models.foreign import load_backbone, looks_like, state_dicts
-from gkdcli.models.recognizer import Recognizer
+from gkdcli.models.network import Network
 from gkdcli.models.video_backbones import TRUNKS, VideoBackbone
 from gkdcli.models.weights import Fit, fit, read_file, require_fit
 
@@ -23,7 +23,7 @@ PUBLIC = {
 }
 
 
-def start_backbone(network: Recognizer, path: Path) -> Fit:
+def start_backbone(network: Network, path: Path) -> Fit:
     """Starts a network's backbone from a file of its own kind.
 
     The classifier is loaded where its shape agrees. Of torchvision's networks the first convolution stays
@@ -75,7 +75,7 @@ def _other_kind(wanted: str, kind: str, tensors: dict[str, Tensor], path: Path) 
 
 
 def _start_trunk(
-    network: Recognizer, backbone: VideoBackbone, tensors: dict[str, Tensor], prefix: str, path: Path
+    network: Network, backbone: VideoBackbone, tensors: dict[str, Tensor], prefix: str, path: Path
 ) -> Fit:
     heads = tuple(prefix + head for head in _HEADS)
     body = {name: value for name, value in tensors.items() if not name.startswith(heads)}
@@ -87,7 +87,7 @@ def _start_trunk(
     trunk = [name for name in found.missing if not name.startswith("to_tap.")]
     odd = [entry for entry in found.wrong_shape if entry not in fresh]
     require_fit(Fit(found.loaded, trunk, found.unexpected, odd), str(path), f"{backbone.kind} backbone")
-    found.take(fit(network.classifier, tensors, f"{prefix}classifier.1."), "classifier.")
+    found.take(fit(network.get_submodule("classifier"), tensors, f"{prefix}classifier.1."), "classifier.")
     found.unexpected += [name for name in tensors if name.startswith(f"{prefix}fc.")]
     return found
 

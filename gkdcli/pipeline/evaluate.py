@@ -80,7 +80,7 @@ def evaluate(
     fusing = "" if len(streams) == 1 else "fusion-"
     task.draw(payload, fused, first.store, first.videos, found[0].folder, fusing)
     if output is not None:
-        write_json(output, jsonable(task.document(payload, fused, first.store, first.videos, first.run)))
+        task.write_output(output, payload, fused, first.store, first.videos, first.run)
     error = check_requirements(payload, requirements)
     code = error.code if error else ExitCode.DONE
     return Result(payload, str(found[0].folder), code, error, f"next: `{places[0].command('export')}`")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 from gkdcli.console import Console
 from gkdcli.data.annotations import Listing, read_list, scan_folder
 from gkdcli.data.demo import CLASSES, draw_videos
+from gkdcli.data.demo_detection import DETECTION_CLASSES, draw_untrimmed
 from gkdcli.data.detection_files import find_annotations, read_annotations
 from gkdcli.data.detection_videos import list_arrays, list_videos
 from gkdcli.data.extract import Report, prepare_parts
@@ -189,7 +189,6 @@ def _draw(place: Place, console: Console, folder: Path, workers: int) -> None:
     data = place.settings.data
     counts = {"train": data.draw_train, "test": data.draw_test}
     if place.settings.task == "detection":
-        draw_untrimmed = importlib.import_module("gkdcli.data.demo_detection").draw_untrimmed
         with console.progress(f"draw {place.settings.dataset}", sum(counts.values())) as tick:
             draw_untrimmed(folder, counts, data.draw_seed, workers, lambda done, total: tick(done))
         return
@@ -199,10 +198,11 @@ def _draw(place: Place, console: Console, folder: Path, workers: int) -> None:
 
 def _drawing_plan(place: Place, folder: Path) -> dict[str, Any]:
     data = place.settings.data
-    times = 1 if place.settings.task == "detection" else len(CLASSES)
+    detection = place.settings.task == "detection"
+    times = 1 if detection else len(CLASSES)
     return {
         "videos_drawn": times * (data.draw_train + data.draw_test),
-        "classes": len(CLASSES),
+        "classes": len(DETECTION_CLASSES if detection else CLASSES),
         "draw_seed": data.draw_seed,
         "videos": str(folder),
         "store": str(place.store),

@@ -45,6 +45,7 @@ from gkdcli.tasks.trained import (
     require_same_clip,
     start_student,
     task_of,
+    weights_at,
 )
 from gkdcli.training.forward import Forward
 from gkdcli.training.schedule import schedule_of
@@ -84,6 +85,8 @@ def train(
         teacher = teacher or _recorded_teacher(run)
     settings = place.settings
     url, first_weights = weights_source(backbone, place) if backbone else (None, None)
+    if first_weights and not url:
+        first_weights = weights_at(first_weights)
     require_channels(settings.clips, CHANNELS[place.modality])
     videos, held = hold_out(store.videos, split_videos(store, place, "train"), settings.data.holdout)
     teacher_run = _find_teacher(place, console, stage, store, teacher, dry_run)

@@ -15,13 +15,16 @@ from gkdcli.data.store import Store
 from gkdcli.data.window_clips import WindowDataset
 from gkdcli.errors import GkdError
 from gkdcli.evaluation.decode import decode, fuse_heads
-from gkdcli.evaluation.detection import Detections, GroundTruth, detection_scores
+from gkdcli.evaluation.detection import Detections, GroundTruth, class_priors, detection_scores, shuffled
 from gkdcli.evaluation.nms import soft_nms
+from gkdcli.evaluation.profile import false_positive_profile, recall_by_length
+from gkdcli.evaluation.submission import write_submission
 from gkdcli.evaluation.windows import VideoWindows, WindowFile, count_windows, predict_windows, save_windows
 from gkdcli.losses.boundary import boundary_contrast, boundary_loss
 from gkdcli.losses.segments import HeadOutputs, Targets, background_loss, segment_losses
 from gkdcli.models.boundary import boundary_max_pool, proposal_segments
 from gkdcli.models.detector import Boundaries, Detector, attended, priors
+from gkdcli.report_detection import Timeline, draw_profile, draw_timelines
 from gkdcli.runs import Run
 from gkdcli.settings import CHANNELS, ClipSettings, Role, Settings
 from gkdcli.training.noise import Noise
@@ -30,6 +33,7 @@ from gkdcli.training.steps import Seen, Supervised, Term
 SCORE = "average_map"  # what validation gives
 SUMMARY = ("average_map", "average_map_official")
 load = WindowFile
+_SHOWN = 3  # videos in the picture of timelines
 LEVEL_WEIGHT = 0.1  # of the boundary terms on the two maps of level 0, beside the frame level's 1
 
 
@@ -157,7 +161,8 @@ def held_out_score(
     workers = settings.train.workers if limit is None else 0
     found = _windows(network, store, chosen, settings.clips, settings, device, workers, lambda *_: None)
     detections = _detections(((one,) for one in found), store, chosen, settings, settings)
-    scores = detection_scores(_truth(store, chosen), detections, settings.eval.tiou or None)
+    truth = _truth(store, chosen)
+    scores = detection_scores(truth, _of_known(detections, truth, store, chosen), settings.eval.tiou)
     return float(np.nan_to_num(scores["average_map"]))
 
 
@@ -192,23 +197,66 @@ def score(
     detections = _detections(rows, store, videos, settings, run.settings)
     truth = _truth(store, videos)
     stated = store.ground_truth.get("test", {})
-    scores = detection_scores(truth, detections, settings.eval.tiou or None, stated.get("file", ""))
+    known, tiou = _of_known(detections, truth, store, videos), settings.eval.tiou
+    scores = detection_scores(truth, known, tiou, stated.get("file", ""))
     # of what the file states, some videos may not be in the store
     scores["ground_truth"] |= {f"{key}_in_file": stated.get(key) for key in ("videos", "segments")}
-    return scores, detections
+    by_chance = detection_scores(truth, shuffled(known, settings.train.seed), tiou)
+    priors_alone = detection_scores(truth, _class_priors(store, videos, truth), tiou)
+    averages = {
+        "average_map_of_shuffled_scores": by_chance["average_map"],
+        "average_map_of_class_priors": priors_alone["average_map"],
+    }
+    wrong = {
+        "false_positives": false_positive_profile(truth, known),
+        "recall_by_length": recall_by_length(truth, known),
+    }
+    return scores | averages | wrong, detections
 
 
-def document(
-    payload: Mapping[str, Any], found: Detections, store: Store, videos: list[int], run: Run
-) -> dict[str, Any]:
-    """The detections in the official form, which other evaluators read: what `--output` writes."""
-    return submission(found, _truth(store, videos))
+def _class_priors(store: Store, videos: Sequence[int], truth: GroundTruth) -> Detections:
+    """What someone finds who knows only how frequent and how long the training videos' actions are."""
+    known = [video for video in videos if store.videos[video].name in set(truth.videos)]
+    tested = set(videos)
+    actions = [
+        one for video in range(len(store.videos)) if video not in tested for one in store.segments[video]
+    ]
+    labels = np.array([one.label for one in actions], np.int64)
+    lengths = np.array([one.end - one.start for one in actions], np.float64)
+    durations = np.array([store.videos[video].frames / store.videos[video].fps for video in known])
+    return class_priors(labels, lengths, durations)
+
+
+def _of_known(detections: Detections, truth: GroundTruth, store: Store, videos: Sequence[int]) -> Detections:
+    """Videos by their place in the ground truth, -1 where it does not know them."""
+    places = {name: place for place, name in enumerate(truth.videos)}
+    place = np.array([places.get(store.videos[video].name, -1) for video in videos], np.int64)
+    return detections._replace(video=place[detections.video])
+
+
+def write_output(
+    path: Path, payload: Mapping[str, Any], found: Detections, store: Store, videos: list[int], run: Run
+) -> None:
+    """The detections in the official form, which other evaluators read."""
+    names = [store.videos[video].name for video in videos]
+    write_submission(path, names, store.classes, found, store.dataset)
 
 
 def draw(
     scores: Mapping[str, Any], found: Detections, store: Store, videos: list[int], folder: Path, name: str
 ) -> None:
-    """What is wrong, and timelines of a few videos."""
+    """What is wrong, and timelines of the first videos with actions."""
+    draw_profile(scores["false_positives"], scores["recall_by_length"], folder / f"{name}profile.png")
+    shown = [place for place, video in enumerate(videos) if store.segments[video]][:_SHOWN]
+    lines = []
+    for place in shown:
+        row, actions = store.videos[videos[place]], store.segments[videos[place]]
+        own = found.video == place
+        columns = (found.segments[own].tolist(), found.labels[own].tolist(), found.scores[own].tolist())
+        seen = [(*span, store.classes[label], score) for span, label, score in zip(*columns, strict=True)]
+        truth = [(one.start, one.end, store.classes[one.label]) for one in actions]
+        lines.append(Timeline(row.name, truth, seen, row.frames / row.fps))
+    draw_timelines(lines, folder / f"{name}timelines.png")
 
 
 def _require_alike(streams: Sequence[WindowFile]) -> None:
@@ -265,8 +313,8 @@ def _detections(
     settings: Settings,
     trained: Settings,
 ) -> Detections:
-    """What stays of all candidates, video by video, of networks as they were `trained`."""
-    places = {name: place for place, name in enumerate(_truth(store, chosen).videos)}
+    """What stays of all candidates, by video's place in `chosen`, of networks as they were `trained`."""
+    places = {store.videos[video].name: place for place, video in enumerate(chosen)}
     wanted, parts = settings.eval, []
     for streams in videos:
         first = streams[0]
@@ -291,7 +339,7 @@ def _detections(
             recipe=trained.recipe,
             groups=found.labels,
         )
-        video = np.full(len(kept), places.get(first.name, -1))
+        video = np.full(len(kept), places[first.name])
         parts.append((video, found.segments[kept], found.labels[kept], scores))
     return Detections(*(np.concatenate(each) for each in zip(*parts, strict=True)))
 

@@ -15,10 +15,12 @@ from gkdcli.data.store import Store
 from gkdcli.evaluation.fusion import fuse
 from gkdcli.evaluation.predict import Predictions, load_predictions, predict, save_predictions
 from gkdcli.evaluation.scores import class_scores, recognition_scores
+from gkdcli.files import write_json
 from gkdcli.losses.distill import classification_loss
 from gkdcli.models.attention import attend
 from gkdcli.models.recognizer import Recognizer
 from gkdcli.report import draw_confusion
+from gkdcli.result import jsonable
 from gkdcli.runs import Run
 from gkdcli.settings import CHANNELS, Role, Settings
 from gkdcli.training.noise import Noise
@@ -144,10 +146,10 @@ def protocol(run: Run, settings: Settings) -> dict[str, Any]:
     return {"views": "middle window, centre crop"}
 
 
-def document(
-    payload: Mapping[str, Any], found: Predictions, store: Store, videos: list[int], run: Run
-) -> dict[str, Any]:
-    """The scores, and the prediction for each video: what `--output` writes."""
+def write_output(
+    path: Path, payload: Mapping[str, Any], found: Predictions, store: Store, videos: list[int], run: Run
+) -> None:
+    """The scores, and the prediction for each video."""
     scores = class_scores(found.logits, run.record["recipe"])
     each = [
         {
@@ -158,7 +160,7 @@ def document(
         }
         for name, label, row in zip(found.videos, found.labels, scores, strict=True)
     ]
-    return {**payload, "predictions": each}
+    write_json(path, jsonable({**payload, "predictions": each}))
 
 
 def draw(

@@ -38,7 +38,7 @@ class Task(Protocol):
     predict_run: Callable[..., None]
     score: Callable[..., tuple[dict[str, Any], Any]]
     protocol: Callable[[Run, Settings], dict[str, Any]]
-    document: Callable[..., dict[str, Any]]
+    write_output: Callable[..., None]
     draw: Callable[..., None]
 
 
@@ -151,12 +151,33 @@ def start_student(student: Network, init: str, teacher: Network | None, root: Pa
             raise usage_error(
                 f"there is nothing to start from at `{init}`", "--init", "scratch, teacher, or a path"
             )
-        weights = Run(path).weights if path.is_dir() else path
+        weights = weights_at(path)
         found, source = open_weights(weights).require_network().fit(student), str(weights)
         _require_backbone(found, source)
     fresh = len(found.missing) + len(found.wrong_shape)
     rest = f", {fresh} left fresh: {_first_names(found)}" if fresh else ""
     return f"{len(found.loaded)} tensors from {source}{rest}"
+
+
+def weights_at(path: Path) -> Path:
+    """A weights file: of a run folder, or of the newest complete run of a folder of runs; a file as it is.
+
+    Raises:
+        GkdError: no complete run in that folder (exit code 2).
+    """
+    if not path.is_dir():
+        return path
+    if (path / "run.json").is_file():
+        return Run(path).weights
+    runs = [run for run in (Run(entry.parent) for entry in sorted(path.glob("*/run.json"))) if not run.damage]
+    complete = [run for run in runs if run.state == "complete"]
+    if not complete:
+        raise usage_error(
+            f"there is no complete run in `{path}`",
+            f"it holds {len(runs)} runs",
+            "name a run folder, a folder of runs such as runs/demo/pretrain-attention-rgb, or a weights file",
+        )
+    return complete[-1].weights
 
 
 def _require_backbone(found: Fit, source: str) -> None:

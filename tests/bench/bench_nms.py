@@ -2,16 +2,17 @@
 
     python tests/bench/bench_nms.py [--videos 213] [--every 12] [--sigma 0.1] [--recipe official]
 
-The test set: as many windows per video as there (log-normal, 16 on average; at least 8, so that every class of
-every video has thousands of candidates), 126 priors a window, 20 classes. The loop would take minutes for all of
-it, so it runs on every twelfth video, from short to long, and the ratio is of these. Both run in float64 and one
-thread, processor time is taken, and they must agree in what stays, in which order, and in the scores to 1e-9.
-The loop below is the published one, line by line, in NumPy.
+The test set: as many windows per video as there (log-normal, 16 on average; at least 8, so that every class
+of every video has thousands of candidates), 126 priors a window, 20 classes. The loop would take minutes
+for all of it, so it runs on every twelfth video, from short to long, and the ratio is of these. Both run in
+float64 and one thread, processor time is taken, and they must agree in what stays, in which order, and in
+the scores to 1e-9. The loop below is the published one, line by line, in NumPy.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import time
 
 import numpy as np
@@ -81,7 +82,7 @@ def compare(given: Given, sigma: float, recipe: str) -> tuple[float, float, int]
     kept, new, quick = fast(given, sigma, recipe)
     segments, scores, groups = given
     edges = np.searchsorted(groups, np.arange(groups[-1] + 2))
-    parts = [slice(*edge) for edge in zip(edges[:-1], edges[1:], strict=True)]
+    parts = [slice(*edge) for edge in itertools.pairwise(edges)]
     began = time.process_time()
     found = [obvious(segments[part], scores[part], sigma, recipe) for part in parts]
     slow = time.process_time() - began

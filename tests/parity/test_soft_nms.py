@@ -50,4 +50,4 @@ def test_quoted_case() -> None:
     scores = np.array([0.9, 0.8, 0.5])
     kept, new = soft_nms(segments, scores, sigma=0.5, recipe="official")
     assert kept.tolist() == [0, 1]
-    assert new == pytest.approx([0.9, 0.8 * np.exp(-(1 / 3) ** 2 / 0.5)])
+    assert new == pytest.approx([0.9, 0.8 * np.exp(-((1 / 3) ** 2) / 0.5)])
