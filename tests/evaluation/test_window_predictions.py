@@ -1,4 +1,4 @@
-"""evaluation.windows: however windows are grouped and read, each is predicted as if alone; files come back."""
+"""evaluation.windows: however windows are grouped, each is predicted as if alone; files come back."""
 
 from __future__ import annotations
 
