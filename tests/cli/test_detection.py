@@ -1,4 +1,4 @@
-"""Detection on the command line, from training to an export that runs without gkd, on `demo-detection-tiny`."""
+"""Detection on the command line, from training to an export that runs without gkd, at its smallest."""
 
 from __future__ import annotations
 
