@@ -29,6 +29,11 @@ demo: $(STAMP)  ## videos -> stores -> teachers -> students -> scores -> export:
 	gkd distill demo --modality flow
 	gkd evaluate demo --fusion
 	gkd export demo --format safetensors --format onnx
+	gkd prepare demo-detection
+	gkd pretrain-attention demo-detection --backbone runs/demo/pretrain-attention-rgb
+	gkd distill demo-detection
+	gkd evaluate demo-detection
+	gkd export demo-detection --format onnx
 
 check: $(STAMP)  ## format, lint, types, import contract
 	$(BIN)/ruff format --check gkdcli tests
@@ -51,4 +56,4 @@ readme: $(STAMP)  ## put real output of the demo into the README
 	$(BIN)/python tests/refresh_readme.py
 
 clean:  ## remove what the demo wrote
-	rm -rf datasets/demo stores/demo runs/demo exports/demo
+	rm -rf $(foreach folder,datasets stores runs exports,$(folder)/demo $(folder)/demo-detection)

@@ -164,6 +164,9 @@ class OptimSettings(_Section):
     accumulation: int = _setting(
         1, "batches whose gradients are added up before a step", "batches", ge=1, le=4096
     )
+    clip_norm: float = _setting(
+        0.0, "gradients of a step, of each optimiser, are scaled down to this 2-norm; 0: not", ge=0.0
+    )
     epochs: int = _setting(200, "passes over the training videos", "epochs", ge=1, le=100000)
     generator_lr: float = _setting(1e-4, "learning rate of the CVAE (Adam)", gt=0.0, le=10.0)
     generator_betas: tuple[Fraction, Fraction] = _setting((0.8, 0.999), "betas of the CVAE's Adam")

@@ -36,6 +36,11 @@ def replace_block(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda found: f"{found[1]}{content}{found[2]}", text)
 
 
+def tiny(text: str) -> str:
+    """A command of the demos, or of one of them, on the tiny presets."""
+    return re.sub(r"\bdemo(-detection)?\b(?!-)", r"demo\1-tiny", text)
+
+
 def run(command: str, folder: Path) -> tuple[int, str]:
     """Exit code and what a user sees (stdout and stderr as they come) of a `gkd ...` line."""
     words = [str(GKD), *command.removeprefix("gkd ").split()]

@@ -40,6 +40,13 @@ def rate_factor(settings: OptimSettings, epochs_done: float) -> float:
     return 0.5 * (1 + math.cos(math.pi * min((epochs_done - settings.warmup_epochs) / span, 1.0)))
 
 
+def clip(optimizer: torch.optim.Optimizer, norm: float) -> None:
+    """Scales the gradients of all parameters down to a 2-norm; 0 leaves them."""
+    if norm:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        torch.nn.utils.clip_grad_norm_(parameters, norm)
+
+
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Sets the learning rate of all groups."""
     for group in optimizer.param_groups:

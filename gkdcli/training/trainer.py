@@ -229,6 +229,7 @@ class Trainer:
             raise not_finite(values, self._moment(), names, self.job.settings, kept)
         self.fabric.backward(loss * self.schedule.share(spot.batch))
         if self.schedule.closes(spot.batch):
+            optim.clip(optimizer, self.job.settings.optim.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
         return values

@@ -1,6 +1,6 @@
 """One distillation iteration against a plain I3D forward, and its memory.
 
-    python tests/bench/bench_step.py [--preset ucf101|thumos14] [--spliced] [--repeats 5] [--threads 2] [--profile]
+    python tests/bench/bench_step.py [--preset ucf101|thumos14] [--spliced] [--repeats 5] [--profile]
 
 An iteration is both stages with their own forward pass, as schedule `epoch` has them, by the trainer itself
 with its optimisers: recipe `official`, batch 1, float32, 64x224x224 or for detection 256x96x96, where

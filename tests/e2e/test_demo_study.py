@@ -76,7 +76,7 @@ def _called(trained: dict[str, Any], change: Callable[[Tensor], Tensor]) -> tupl
     for batch in load(dataset, test_order(len(videos), 16), workers=0):
         with torch.inference_mode():
             called.append(network(change(normalise(batch.clips, clips))).argmax(1))
-        labels.append(batch.labels)
+        labels.append(batch.targets["labels"])
     return torch.cat(called), torch.cat(labels), store.classes
 
 

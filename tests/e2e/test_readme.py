@@ -9,16 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from tests.readme import GKD, block, demo_commands, first_commands, run, shape
+from tests.readme import GKD, block, demo_commands, first_commands, run, shape, tiny
 
 
 @pytest.fixture(scope="module")
 def walked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, tuple[int, str]]]:
-    """All commands of `make demo`, on demo-tiny, through real processes."""
+    """All commands of `make demo`, on the tiny presets, through real processes."""
     folder = tmp_path_factory.mktemp("stranger")
-    return folder, {
-        command: run(command.replace(" demo", " demo-tiny", 1), folder) for command in demo_commands()
-    }
+    return folder, {command: run(tiny(command), folder) for command in demo_commands()}
 
 
 def test_every_demo_command_ends_well(walked: tuple[Path, dict[str, tuple[int, str]]]) -> None:
@@ -32,14 +30,14 @@ def test_the_readme_shows_what_the_commands_print(walked: tuple[Path, dict[str, 
     assert shown, "run `make readme`"
     for command, (_, output) in walked[1].items():
         in_readme = shown.partition(f"$ {command}\n")[2].partition("\n$ ")[0].removesuffix("```\n")
-        assert shape(in_readme) == shape(output.replace("demo-tiny", "demo")), command
+        assert shape(in_readme) == shape(output.replace("-tiny", "")), command
 
 
 def test_the_first_screen_is_part_of_the_demo(walked: tuple[Path, dict[str, tuple[int, str]]]) -> None:
     folder, outputs = walked
     for command in first_commands():
         if command not in outputs:
-            code, output = run(command.replace(" demo", " demo-tiny", 1), folder)
+            code, output = run(tiny(command), folder)
             assert code == 0, output
 
 
