@@ -116,6 +116,29 @@ def tiny_streams(tiny_trained: Path, tmp_path_factory: pytest.TempPathFactory) -
     return _once(tmp_path_factory, "tiny-streams", train)
 
 
+@pytest.fixture(scope="session")
+def tiny_detection_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A root with `datasets/demo-detection-tiny` and its stores of both modalities; for reading only."""
+
+    def prepare(root: Path) -> None:
+        run_gkd("prepare", "demo-detection-tiny", "--modality", "both", "--root", root).must()
+
+    return _once(tmp_path_factory, "tiny-detection-store", prepare)
+
+
+@pytest.fixture(scope="session")
+def tiny_detection(tiny_detection_store: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a teacher and a distilled student of each stream, all complete; read only."""
+
+    def train(root: Path) -> None:
+        borrow(tiny_detection_store, root)
+        for modality in ("rgb", "flow"):
+            for command in ("pretrain-attention", "distill"):
+                run_gkd(command, "demo-detection-tiny", "--modality", modality, "--root", root).must()
+
+    return _once(tmp_path_factory, "tiny-detection", train)
+
+
 @pytest.fixture
 def workspace(tiny: Path, tmp_path: Path) -> Path:
     """A root of the test's own, with the prepared store of `tiny` in it (shared, not to be written to)."""

@@ -39,12 +39,49 @@ NAMES = (
     ("Mixed_4f.decoder.", "cdecoder_832."),
 )
 
+# of the detector, besides: attention of the second tap, pyramid, towers, branches, heads
+_HEAD = "coarse_pyramid_detection."
+DETECTION_NAMES = (
+    ("attention.Mixed_4f.squeeze_norm.", "deconv2.1."),
+    ("attention.Mixed_4f.squeeze.", "deconv2.0."),
+    ("attention.Mixed_4f.expand_norm.", "Att_Head_4f.1."),
+    ("attention.Mixed_4f.expand.", "Att_Head_4f.0.conv1d."),
+    ("attention.Mixed_4f.time.", "Att_Head_4f.3."),
+    *((f"head.pyramid.{n}.norm.", f"{_HEAD}pyramids.{n}.1.") for n in range(6)),
+    *((f"head.pyramid.{n}.conv.", f"{_HEAD}pyramids.{n}.0.conv{3 if n < 2 else 1}d.") for n in range(6)),
+    *((f"head.frame_level.{n}.norm.", f"{_HEAD}deconv.{3 * n + 1}.") for n in range(3)),
+    *((f"head.frame_level.{n}.conv.", f"{_HEAD}deconv.{3 * n}.conv1d.") for n in range(3)),
+    *((f"head.loc_scales.{n}", f"{_HEAD}loc_heads.{n}.scale") for n in range(6)),
+    *(
+        (f"head.{kind}_tower.{n}.{ours}.", f"{_HEAD}{kind}_tower.{n}.{theirs}.")
+        for kind in ("loc", "conf")
+        for n in range(2)
+        for ours, theirs in (("conv", "0.conv1d"), ("norm", "1"))
+    ),
+    *(
+        (f"head.{kind}_branch.{ours}.{part}.", f"{_HEAD}{kind}_proposal_branch.{theirs}_conv.{number}.")
+        for kind in ("loc", "conf")
+        for ours, theirs in (
+            ("short", "cur_point"),
+            ("boundary", "lr"),
+            ("roi", "roi"),
+            ("proposal", "proposal"),
+        )
+        for part, number in (("conv", "0.conv1d"), ("norm", "1"))
+    ),
+    *(
+        (f"head.{name}_head.", f"{_HEAD}{name}_head.conv1d.")
+        for name in ("loc", "conf", "prop_loc", "prop_conf", "center")
+    ),
+)
+
 
 def published_names(module: torch.nn.Module) -> OrderedDict[str, Tensor]:
     """A module's weights under the published names."""
     state = OrderedDict()
     for name, value in module.state_dict().items():
-        ours, theirs = next(pair for pair in NAMES if name.startswith(pair[0]))
+        pairs = (*NAMES, *DETECTION_NAMES)
+        ours, theirs = next(pair for pair in pairs if name.startswith(pair[0]))
         state[theirs + name.removeprefix(ours)] = value
     return state
 

@@ -10,6 +10,7 @@ import hashlib
 import json
 import multiprocessing.process
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,10 +27,13 @@ from tests.videos import draw, write_video
 
 
 class House:
-    """What an observation works with: the command line, a trained `demo-tiny`, two videos, fresh folders."""
+    """What an observation works with: the command line, a trained preset, two videos, fresh folders."""
 
-    def __init__(self, gkd: Callable[..., Outcome], trained: Path, videos: Path, folder: Path) -> None:
+    def __init__(
+        self, gkd: Callable[..., Outcome], preset: str, trained: Path, videos: Path, folder: Path
+    ) -> None:
         self.gkd = gkd
+        self.preset = preset
         self.trained = trained
         self.videos = videos
         self.folder = folder
@@ -41,20 +45,20 @@ class House:
     def root(self) -> Path:
         """Store and runs are those of the trained root."""
         root = borrow(self.trained, self.fresh())
-        runs = root / "runs" / "demo-tiny"
+        runs = root / "runs" / self.preset
         runs.mkdir(parents=True)
-        for path in (self.trained / "runs" / "demo-tiny").iterdir():
+        for path in (self.trained / "runs" / self.preset).iterdir():
             (runs / path.name).symlink_to(path)
         return root
 
     def run(self, stage: str) -> Path:
         """The trained run of a stage."""
-        return next((self.trained / "runs" / "demo-tiny" / stage).iterdir())
+        return next((self.trained / "runs" / self.preset / stage).iterdir())
 
     def train(self, sets: list[str], root: Path, command: str = "distill") -> Outcome:
         """Three steps of a run of its own."""
-        (root / "runs" / "demo-tiny" / f"{command}-rgb").unlink()
-        words = [command, "demo-tiny", "--root", root, "--max-steps", 3, "--batch-size", 4]
+        (root / "runs" / self.preset / f"{command}-rgb").unlink()
+        words = [command, self.preset, "--root", root, "--max-steps", 3, "--batch-size", 4]
         if command == "distill":
             words += ["--teacher", self.run("pretrain-attention-rgb")]
         return self.gkd(*words, *_flags(sets))
@@ -80,7 +84,20 @@ def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def house(gkd: Callable[..., Outcome], tiny_streams: Path, videos: Path, tmp_path: Path) -> House:
-    return House(gkd, tiny_streams, videos, tmp_path)
+    return House(gkd, "demo-tiny", tiny_streams, videos, tmp_path)
+
+
+@pytest.fixture(scope="module")
+def detecting(tiny_detection: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Teacher and student of detection, to be evaluated."""
+    root = borrow(tiny_detection, tmp_path_factory.mktemp("detecting") / "root")
+    shutil.copytree(tiny_detection / "runs", root / "runs")
+    return root
+
+
+@pytest.fixture
+def detection_house(gkd: Callable[..., Outcome], detecting: Path, videos: Path, tmp_path: Path) -> House:
+    return House(gkd, "demo-detection-tiny", detecting, videos, tmp_path)
 
 
 # ---- observations: (house, settings) -> what is seen ----
@@ -90,7 +107,7 @@ def weights(house: House, sets: list[str], command: str = "distill") -> str:
     """Of network and CVAE after three steps."""
     root = house.root()
     house.train(sets, root, command).must()
-    (path,) = root.glob(f"runs/demo-tiny/{command}-rgb/*/last.safetensors")
+    (path,) = root.glob(f"runs/{house.preset}/{command}-rgb/*/last.safetensors")
     digest = hashlib.sha256()
     with safe_open(path, framework="pt") as file:
         for name in sorted(file.keys()):
@@ -108,7 +125,7 @@ def plan_of(stage: str, key: str) -> Callable[[House, list[str]], Any]:
     """One computed entry of a training plan."""
 
     def observe(house: House, sets: list[str]) -> Any:
-        words = (stage, "demo-tiny", "--root", house.trained, "--dry-run", "--json", *_flags(sets))
+        words = (stage, house.preset, "--root", house.trained, "--dry-run", "--json", *_flags(sets))
         return house.gkd(*words).must().json["result"][key]
 
     return observe
@@ -242,6 +259,20 @@ def batches_of_evaluation(house: House, sets: list[str]) -> set[int]:
     return set(seen)
 
 
+def detections(house: House, sets: list[str]) -> Any:
+    """All that is found in the test videos."""
+    output = house.folder / "found.json"
+    words = ("evaluate", house.preset, "--root", house.trained, "--output", output)
+    house.gkd(*words, *_flags(sets)).must()
+    return json.loads(output.read_text())["results"]
+
+
+def average_map(house: House, sets: list[str]) -> float:
+    """How right that is."""
+    words = ("evaluate", house.preset, "--root", house.trained, "--json", *_flags(sets))
+    return float(house.gkd(*words).must().json["result"]["average_map"])
+
+
 def graph(house: House, sets: list[str]) -> Any:
     """The exported graph's operator set, and the difference up to which it is accepted."""
     words = (
@@ -275,6 +306,12 @@ class Row(NamedTuple):
     other: str
     observe: Callable[[House, list[str]], Any]
     base: tuple[str, ...] = ()
+    house: str = "house"
+
+
+def detecting_row(name: str, other: str, observe: Callable[[House, list[str]], Any]) -> Row:
+    """The same on the tiny detection demo."""
+    return Row(name, other, observe, house="detection_house")
 
 
 SGD = ("optim.algorithm=sgd", "optim.warmup_epochs=0")
@@ -305,6 +342,7 @@ ROWS = [
     Row("clips.flip", "true", weights),
     Row("clips.mean", "[0.3]", teacher_weights),
     Row("clips.std", "[0.5]", teacher_weights),
+    detecting_row("clips.stride", "30", plan_of("pretrain-attention", "training_clips")),
     Row("model.teacher", "i2d", plan_of("pretrain-attention", "parameters")),
     Row("model.student", "i2d", plan_of("distill", "parameters")),
     Row("model.width", "0.125", plan_of("pretrain-attention", "parameters")),
@@ -326,6 +364,11 @@ ROWS = [
     Row("distill.generative_weight", "10", weights),
     Row("distill.reconstruction_weight", "10", weights),
     Row("distill.kl_weight", "10", weights),
+    detecting_row("distill.location_weight", "1", weights),
+    detecting_row("distill.class_weight", "10", weights),
+    detecting_row("distill.background_weight", "1", weights),
+    detecting_row("distill.contrast_weight", "10", weights),
+    detecting_row("distill.refine_iou", "0.01", weights),
     Row("distill.ramp_epochs", "1", weights),
     Row("train.schedule", "epoch", plan_of("distill", "steps")),
     Row("train.init", "scratch", weights),
@@ -339,6 +382,12 @@ ROWS = [
     Row("train.checkpoint_minutes", "1e-9", checkpoints),
     Row("eval.batch_size", "5", batches_of_evaluation),
     Row("eval.fusion_weights", "[1, 0]", fused_scores),
+    detecting_row("eval.stride", "32", detections),
+    detecting_row("eval.score_threshold", "0.06", detections),
+    detecting_row("eval.nms_sigma", "0.5", detections),
+    detecting_row("eval.nms_floor", "0.02", detections),
+    detecting_row("eval.top_k", "5", detections),
+    detecting_row("eval.tiou", "[0.05]", average_map),
     Row("export.opset", "21", graph),
     Row("export.tolerance", "1e-12", graph),
 ]
@@ -350,13 +399,21 @@ def test_the_table_has_every_setting_once() -> None:
 
 
 @pytest.mark.parametrize("row", ROWS, ids=[row.name for row in ROWS])
-def test_changing_it_changes_something(row: Row, house: House) -> None:
-    key = (row.observe, row.base)
+def test_changing_it_changes_something(row: Row, request: pytest.FixtureRequest) -> None:
+    house: House = request.getfixturevalue(row.house)
+    key = (row.observe, row.base, row.house)
     if key not in _seen:
         _seen[key] = row.observe(house, list(row.base))
     assert row.observe(house, [*row.base, f"{row.name}={row.other}"]) != _seen[key]
 
 
-def test_training_is_the_same_where_nothing_is_changed(house: House) -> None:
+@pytest.mark.parametrize("name", ["house", "detection_house"])
+def test_training_is_the_same_where_nothing_is_changed(name: str, request: pytest.FixtureRequest) -> None:
     """Without this the rows that compare weights would prove nothing."""
-    assert weights(house, []) == _seen.setdefault((weights, ()), weights(house, []))
+    house: House = request.getfixturevalue(name)
+    assert weights(house, []) == _seen.setdefault((weights, (), name), weights(house, []))
+
+
+def test_evaluation_is_the_same_where_nothing_is_changed(detection_house: House) -> None:
+    """Likewise of those that compare detections."""
+    assert detections(detection_house, []) == detections(detection_house, [])

@@ -26,6 +26,8 @@ from gkdcli.evaluation.decode import Heads
 from gkdcli.files import atomic_path
 from gkdcli.settings import ClipSettings
 
+# what h5py raises for damaged files, by kind of damage
+_UNREADABLE = (OSError, RuntimeError, KeyError, ValueError, TypeError, AttributeError)
 Forward = Callable[[Tensor], Sequence[Tensor]]  # normalised clips (W, C, T, H, W) -> the five of `Heads`
 
 
@@ -128,7 +130,7 @@ class WindowFile:
             self._file = h5py.File(path, "r", locking=False)
             self.made_with = {name: plain_value(value) for name, value in self._file.attrs.items()}
             self.names: list[str] = self._file["names"].asstr(errors="surrogateescape")[:].tolist()
-        except (OSError, RuntimeError, KeyError) as error:
+        except _UNREADABLE as error:
             raise _damaged(path, error) from None
 
     def __len__(self) -> int:
@@ -140,7 +142,7 @@ class WindowFile:
             group = self._file[f"videos/{number}"]
             heads = Heads(*(group[name][:] for name in Heads._fields))
             return VideoWindows(self.names[number], float(group.attrs["fps"]), group["offsets"][:], heads)
-        except (OSError, RuntimeError, KeyError) as error:
+        except _UNREADABLE as error:
             raise _damaged(self.path, error) from None
 
     def __enter__(self) -> WindowFile:
@@ -157,7 +159,7 @@ def save_windows(path: Path, videos: Iterable[VideoWindows], made_with: Mapping[
 
     Args:
         path: final name.
-        videos: each is let go of before the next is asked for.
+        videos: each is needed until the next is there.
         made_with: plain values that identify the predictions.
     """
     with atomic_path(path) as temporary, h5py.File(temporary, "w") as file:

@@ -257,13 +257,23 @@ class _Squeeze(nn.Module):
         return F.relu(self.norm(collapse(self.conv, x)))
 
 
+class _GroupNorm(nn.GroupNorm):
+    """PyTorch's, which refuses groups of a single value unless the batch has several clips.
+
+    The last level of a narrow network has such groups: they come out as the bias, in batches of any size.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class _Unit(nn.Module):
     """conv1d with "same" padding, group norm, ReLU: (B, in, T) -> (B, out, ceil(T / stride))."""
 
     def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> None:
         super().__init__()
         self.conv = nn.Conv1d(inputs, outputs, kernel, stride)
-        self.norm = nn.GroupNorm(groups(outputs), outputs)
+        self.norm = _GroupNorm(groups(outputs), outputs)
 
     def forward(self, x: Tensor) -> Tensor:
         kernel, stride = self.conv.kernel_size[0], self.conv.stride[0]

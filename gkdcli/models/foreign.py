@@ -151,9 +151,14 @@ _GENERATORS = (
         tuple((f"{tap}.{half}.",) * 2 for tap in ("Mixed_5c", "Mixed_4f") for half in ("encoder", "decoder")),
     ),
 )
-# Only the detection networks have these, and the kernels of their CVAEs fit 96 px (5c 3x3, 4f 6x6).
+# Only the detection networks have these.
 _DETECTION = ("head.", "attention.Mixed_4f.")
-_DETECTION_KERNELS = (3, 6)
+# sides of the kernels of 5c and 4f: of 96 px; of 224 px, the student's idle 4f branch being made for 96
+_CVAE_TASKS: dict[tuple[int | None, int | None], str] = {
+    (3, 6): "detection",
+    (7, 14): "recognition",
+    (7, 6): "recognition",
+}
 _KINDS = {(7, 3): "i3d", (1, 3): "top-i3d", (7, 1): "bottom-i3d", (1, 1): "i2d"}
 
 
@@ -239,15 +244,14 @@ def open_weights(path: Path, content: dict[Any, Any] | None = None) -> Contents:
 
 
 def _task(network: Found | None, generators: Found | None) -> str | None:
-    """Of a head, or else of a published CVAE; a backbone alone serves either."""
+    """Of a head, or else of a CVAE of a published size; a backbone alone serves either."""
     if network is not None:
         if any(name.startswith(_DETECTION) for name in network.tensors):
             return "detection"
         return "recognition" if any(name.startswith("classifier.") for name in network.tensors) else None
     if generators is None or generators.origin != "published":
         return None
-    kernels = kernel(generators, "5c"), kernel(generators, "4f")
-    return "detection" if kernels == _DETECTION_KERNELS else "recognition"
+    return _CVAE_TASKS.get((kernel(generators, "5c"), kernel(generators, "4f")))
 
 
 def state_dicts(

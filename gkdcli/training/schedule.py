@@ -89,7 +89,7 @@ class Schedule:
         return (self._clips_before(batch + 1) - self._clips_before(batch)) / group
 
     def _clips_before(self, batch: int) -> int:
-        return min(batch * self.optim.batch_size, self.clips)
+        return min(min(batch, self.batches) * self.optim.batch_size, self.clips)
 
     def rate(self, step: int) -> float:
         """The factor of both learning rates, the same for all batches of a group."""

@@ -75,6 +75,25 @@ def test_both_passes_of_an_epoch_take_every_clip_once_the_last_batch_kept():
         assert sorted(taken) == list(range(7))
 
 
+@given(plans)
+def test_detection_leaves_a_batch_out_that_is_not_full(kept):
+    """Orders stay; a group's gradient is shared among the batches that are taken."""
+    size, group = kept.optim.batch_size, kept.optim.accumulation
+    if kept.clips < size:
+        return
+    schedule = Schedule(kept.clips, kept.parts, 5, kept.optim, drop_last=True)
+    assert schedule.batches == kept.clips // size
+    whole = list(schedule.keys(0, schedule.steps))
+    assert len(whole) == schedule.steps
+    assert {len(keys) for keys in whole} == {size}
+    full = [keys for keys in kept.keys(0, kept.steps) if len(keys) == size]
+    assert whole == full
+    for batch in range(schedule.batches):
+        mates = range(batch // group * group, schedule.batches)[:group]
+        assert schedule.share(batch) == pytest.approx(1 / len(mates))
+        assert schedule.closes(batch) == (batch == mates[-1])
+
+
 def test_rates_warm_up_then_stay_or_fall_to_nothing():
     constant = OptimSettings(epochs=10, schedule="constant", warmup_epochs=2)
     cosine = OptimSettings(epochs=10, schedule="cosine", warmup_epochs=2)
