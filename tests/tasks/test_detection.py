@@ -1,7 +1,8 @@
 """tasks.detection: which terms, on which feature, with which weights, in both recipes (METHOD.md 4, 5, 8).
 
-Of the deviations in METHOD.md 8, (1), (4), (7), (19), (21) and (22) are shown here; (2) in models/test_boundary,
-(13) in data/test_windows, (16) in data/test_window_clips and training/test_detection_trainer.
+Of the deviations in METHOD.md 8, (1), (19), (21) and (22) are shown here, (7) in part; (4) and (7) in
+models/test_detector, (2) in models/test_boundary, (13) in data/test_windows, (16) in data/test_window_clips
+and training/test_detection_trainer.
 """
 
 from __future__ import annotations
