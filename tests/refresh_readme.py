@@ -78,7 +78,7 @@ def _detection(scores: list[dict[str, Any]]) -> str:
     truth = scores[1]["ground_truth"]
     lines += [
         "",
-        f"On {truth['videos']} untrimmed videos with {truth['segments']} actions of {truth['classes']} classes;"
+        f"On {truth['videos']} untrimmed videos, {truth['segments']} actions of {truth['classes']} classes;"
         f" the student's detections with shuffled scores give {shuffled:.3f}, class frequencies and usual"
         f" lengths alone {priors:.3f}.",
         "",

@@ -29,6 +29,13 @@ class Seen(NamedTuple):
     features: dict[str, Tensor]
     maps: dict[str, Tensor]
 
+    def divided(self, count: int) -> tuple[Seen, Seen]:
+        """Of the first `count` clips, and of the others."""
+        return self._part(slice(None, count)), self._part(slice(count, None))
+
+    def _part(self, rows: slice) -> Seen:
+        return Seen(*({tap: value[rows] for tap, value in each.items()} for each in self))
+
 
 class Supervised(NamedTuple):
     """What a task adds to a step.
@@ -108,7 +115,7 @@ def network_terms(
     ramp: float,
     settings: DistillSettings,
     supervise: Supervise,
-    spliced: Tensor | None = None,
+    spliced: int = 0,
 ) -> dict[str, Term]:
     """Stage 2: the task, the error of the generated feature, and attention distillation.
 
@@ -117,16 +124,18 @@ def network_terms(
 
     Args:
         networks: all in play.
-        clips: (B, C, T, H, W), normalised; the teacher sees the same clip.
+        clips: (B + spliced, C, T, H, W), normalised; the teacher sees the same clips.
         seen: by the student, with gradient.
         noise: of this batch.
         ramp: min(epoch, ramp epochs) / ramp epochs.
         settings: the weights.
         supervise: the task's own terms.
-        spliced: clips of detection with background spliced in, normalised; those of some of `clips` only.
+        spliced: of the clips so many, the last ones, are versions of others with background spliced in
+            (METHOD.md 5).
     """
-    more = None if spliced is None else see(networks.forward, networks.student, spliced)
-    terms, generated_like = supervise(seen, more, noise)
+    count = len(clips) - spliced
+    seen, more = seen.divided(count)
+    terms, generated_like = supervise(seen, more if spliced else None, noise)
     generators: Any = networks.generators or {}
     for tap, generator in reversed(generators.items()):
         attention = seen.maps[tap]
@@ -134,13 +143,11 @@ def network_terms(
         value = losses.reconstruction_error(generated, (generated_like or seen.features)[tap])
         terms[f"reconstruction.{tap}"] = Term(settings.reconstruction_weight * ramp, value)
     if networks.teacher is not None and seen.maps:
-        for name, shown, ours in (("", clips, seen), (".spliced", spliced, more)):
-            if shown is None or ours is None:
-                continue
-            with torch.no_grad():
-                theirs = see(networks.forward, networks.teacher, shown)
-            for tap, attention in ours.maps.items():
-                value = losses.attention_distillation(attention, theirs.maps[tap])
+        with torch.no_grad():
+            theirs = see(networks.forward, networks.teacher, clips).divided(count)
+        for name, ours, wanted in zip(("", ".spliced"), (seen, more), theirs, strict=True):
+            for tap, attention in ours.maps.items() if not name or spliced else ():
+                value = losses.attention_distillation(attention, wanted.maps[tap])
                 terms[f"attention_distillation.{tap}{name}"] = Term(settings.beta, value)
     return terms
 

@@ -192,8 +192,12 @@ class Trainer:
             with torch.no_grad(), contextlib.nullcontext() if official else held_statistics(student):
                 seen = see(networks.forward, student, clips)
             return self._generator_stage(seen, noise, batch)
+        spliced = splice(clips, targets) if settings.distill.contrast_weight else None
+        if spliced is not None:  # in one pass with the others
+            clips = torch.cat([clips, spliced])
         seen = see(networks.forward, student, clips)
-        before = self._generator_stage(seen, noise, batch) if self.shared else {}
+        own = seen.divided(len(batch.samples))[0]
+        before = self._generator_stage(own, noise, batch) if self.shared else {}
         if networks.generators is not None:
             networks.generators.requires_grad_(False)
         terms = network_terms(
@@ -204,7 +208,7 @@ class Trainer:
             ramp(spot.epoch, settings.distill.ramp_epochs or settings.optim.epochs),
             settings.distill,
             lambda ours, more, n: self.job.supervised(student, ours, more, targets, n, settings),
-            splice(clips, targets) if settings.distill.contrast_weight else None,
+            0 if spliced is None else len(spliced),
         )
         values = self._descend(terms, self.optimizer, batch)
         return before | values | {"loss": before.get("loss", 0.0) + values["loss"]}

@@ -166,18 +166,19 @@ def test_one_step(fixture, precision):
     assert_no_gradients(networks.teacher_generators)
     networks.teacher_generators = None  # stage 2 has no use for it
 
-    seen = see(networks.forward, student, clip)
+    clips = clip if spliced is None else torch.cat([clip, spliced])
+    seen = see(networks.forward, student, clips)
     second = network_terms(
         networks,
-        clip,
+        clips,
         seen,
         noise,
         ramp(int(figures["epoch"]), page.distill.ramp_epochs),
         page.distill,
         lambda ours, more, n: detection.supervised_terms(student, ours, more, targets, n, page),
-        spliced,
+        len(clips) - 1,
     )
-    del seen
+    del seen, clips
     total(second).backward()
     ours = gradients(student, shapes(KEYS["student"]))
     compare_gradients(found, figures, exact, "stage2", ours, loose)
