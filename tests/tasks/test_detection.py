@@ -182,16 +182,16 @@ def test_what_generated_features_are_compared_with(case) -> None:
 
 def step(settings, clips, spliced, targets, played=None, ramp=1.0):
     played = played or networks(settings, CLASSES)
-    seen = see(played.forward, played.student, clips)
+    shown = clips if spliced is None else torch.cat([clips, spliced])
+    seen = see(played.forward, played.student, shown)
     supervised = lambda ours, more, noise: detection.supervised_terms(  # noqa: E731
         played.student, ours, more, targets, noise, settings
     )
     noise = Noise(0, 1, 1, range(len(clips)))
-    return (
-        network_terms(played, clips, seen, noise, ramp, settings.distill, supervised, spliced),
-        played,
-        seen,
+    terms = network_terms(
+        played, shown, seen, noise, ramp, settings.distill, supervised, len(shown) - len(clips)
     )
+    return terms, played, seen.divided(len(clips))[0]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
