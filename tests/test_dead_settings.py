@@ -356,6 +356,7 @@ ROWS = [
     Row("optim.warmup_epochs", "0", weights),
     Row("optim.batch_size", "5", plan_of("distill", "steps")),
     Row("optim.accumulation", "2", weights),
+    Row("optim.clip_norm", "1e-3", weights, SGD),
     Row("optim.epochs", "3", plan_of("distill", "steps")),
     Row("optim.generator_lr", "1e-4", weights),
     Row("optim.generator_betas", "[0.1, 0.5]", weights, NO_WARMUP),

@@ -200,9 +200,9 @@ def _role_by_kind(place: Place, contents: Contents, found: Found, model: str | N
 
 
 def _role_of_generators(place: Place, contents: Contents, found: Found, model: str | None) -> Role:
-    """Told by the 4f branch where it is idle: of the feature's size in the teacher's, 6x6 in the student's.
+    """Told by recognition's idle 4f branch: of the feature's size in the teacher's, 6x6 in the student's.
 
-    In detection it is in use, and both are alike.
+    In detection that branch is in use, and those of teacher and student are alike.
     """
     side, given = -(-place.settings.clips.crop // TAP_STRIDES["Mixed_4f"][1]), kernel(found, "4f")
     told: Role | None = None

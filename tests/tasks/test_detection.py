@@ -1,8 +1,8 @@
 """tasks.detection: which terms, on which feature, with which weights, in both recipes (METHOD.md 4, 5, 8).
 
-Of the deviations in METHOD.md 8, (1), (4), (7), (19), (21) and (22) are shown here; (2) in
-models/test_boundary, (13) in data/test_windows, (16) in data/test_window_clips and
-training/test_detection_trainer.
+Of the deviations in METHOD.md 8, (1), (19), (21) and (22) are shown here, (7) in part; (4) and (7) in
+models/test_detector, (2) in models/test_boundary, (13) in data/test_windows, (16) in data/test_window_clips
+and training/test_detection_trainer.
 """
 
 from __future__ import annotations
@@ -182,18 +182,16 @@ def test_what_generated_features_are_compared_with(case) -> None:
 
 def step(settings, clips, spliced, targets, played=None, ramp=1.0):
     played = played or networks(settings, CLASSES)
-    count = 0 if spliced is None else len(spliced)
-    shown = torch.cat([clips, spliced]) if count else clips
+    shown = clips if spliced is None else torch.cat([clips, spliced])
     seen = see(played.forward, played.student, shown)
     supervised = lambda ours, more, noise: detection.supervised_terms(  # noqa: E731
         played.student, ours, more, targets, noise, settings
     )
     noise = Noise(0, 1, 1, range(len(clips)))
-    return (
-        network_terms(played, shown, seen, noise, ramp, settings.distill, supervised, count),
-        played,
-        seen.divided(len(clips))[0],
+    terms = network_terms(
+        played, shown, seen, noise, ramp, settings.distill, supervised, len(shown) - len(clips)
     )
+    return terms, played, seen.divided(len(clips))[0]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
