@@ -6,6 +6,7 @@ import copy
 import importlib.resources
 import json
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,14 @@ def _write_onnx(
         "largest_relative_difference": difference,
         "accepted_difference": accepted,
     }
+
+
+def graph_session(path: Path) -> Callable[[torch.Tensor], list[torch.Tensor]]:
+    """An exported graph as a function: normalised clips -> its outputs."""
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda clips: [torch.from_numpy(part) for part in session.run(None, {"clip": clips.numpy()})]
 
 
 _DRAWS = 8  # of clips, until one is comparable

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from gkdcli.console import Console
-from gkdcli.export import write_export
-from gkdcli.pipeline.lookup import find_run, open_store
+from gkdcli.data.store import Store
+from gkdcli.errors import GkdError
+from gkdcli.export import graph_session, write_export
+from gkdcli.pipeline.lookup import find_run, open_store, split_videos
 from gkdcli.result import Result
-from gkdcli.runs import Place
+from gkdcli.runs import Place, Run
+from gkdcli.tasks import detection
 from gkdcli.tasks.trained import rebuild
+
+_CHECKED = 2  # test videos on which a detector's graph is compared
+_AGREE = 0.98  # of the detections: a boundary that rounding tips changes single ones
 
 
 def export(
@@ -28,5 +35,26 @@ def export(
     folder = out or place.root / "exports" / place.settings.name / f"{model}-{place.modality}"
     if dry_run:
         return Result({"run": str(run.folder), "formats": formats, "folder": str(folder)}, str(run.folder))
-    payload = write_export(run, rebuild(run), place.settings.export, formats, folder)
+    network = rebuild(run)
+    payload = write_export(run, network, place.settings.export, formats, folder)
+    if place.settings.task == "detection" and "onnx" in formats:
+        payload["whole_videos"] = _on_whole_videos(place, run, network, store, Path(payload["onnx"]["file"]))
     return Result(payload, str(run.folder), next=f"the card is {folder / 'README.md'}")
+
+
+def _on_whole_videos(place: Place, run: Run, network: Any, store: Store, graph: Path) -> dict[str, Any]:
+    """Detections of the graph beside those of the live network.
+
+    Raises:
+        GkdError: they are not the same.
+    """
+    session = graph_session(graph)
+    videos = split_videos(store, place, "test")[:_CHECKED]
+    found = detection.agreement([network, session], store, videos, run, place.settings)
+    if found["found_again"] < _AGREE:
+        raise GkdError(
+            f"the graph finds {found['found_again']:.1%} of what the live network finds in whole videos",
+            str(graph),
+            "do not use it; another `--set export.opset=...` may do",
+        )
+    return found

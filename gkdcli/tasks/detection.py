@@ -19,7 +19,14 @@ from gkdcli.evaluation.detection import Detections, GroundTruth, class_priors, d
 from gkdcli.evaluation.nms import soft_nms
 from gkdcli.evaluation.profile import false_positive_profile, recall_by_length
 from gkdcli.evaluation.submission import write_submission
-from gkdcli.evaluation.windows import VideoWindows, WindowFile, count_windows, predict_windows, save_windows
+from gkdcli.evaluation.windows import (
+    Forward,
+    VideoWindows,
+    WindowFile,
+    count_windows,
+    predict_windows,
+    save_windows,
+)
 from gkdcli.losses.boundary import boundary_contrast, boundary_loss
 from gkdcli.losses.segments import HeadOutputs, Targets, background_loss, segment_losses
 from gkdcli.models.boundary import boundary_max_pool, proposal_segments
@@ -259,6 +266,38 @@ def draw(
     draw_timelines(lines, folder / f"{name}timelines.png")
 
 
+def agreement(
+    forwards: Sequence[Forward], store: Store, videos: Sequence[int], run: Run, settings: Settings
+) -> dict[str, Any]:
+    """How far two ways to compute a detector find the same in whole videos.
+
+    Args:
+        forwards: the live network and the exported graph: normalised clips -> the five outputs.
+        store: read from.
+        videos: rows of the store.
+        run: of the network.
+        settings: how detections are chosen.
+
+    Returns:
+        `videos`, `windows`, `detections` of the first, and `found_again`: the share of these that the second
+        finds too, within 0.01 s and 0.001 of the score.
+    """
+    clips, device = run.settings.clips, torch.device("cpu")
+    both = []
+    for forward in forwards:
+        found = _windows(forward, store, videos, clips, settings, device, 0, lambda *_: None)
+        both.append(_detections(((one,) for one in found), store, videos, settings, run.settings))
+    ours, theirs = (np.column_stack([each.video, each.labels, each.segments, each.scores]) for each in both)
+    near = np.array([0.5, 0.5, 0.01, 0.01, 0.001])
+    again = sum(bool((np.abs(theirs - row) <= near).all(axis=1).any()) for row in ours)
+    return {
+        "videos": len(videos),
+        "windows": count_windows(store, videos, clips.length, settings.eval.stride),
+        "detections": len(ours),
+        "found_again": again / len(ours) if len(ours) else 1.0,
+    }
+
+
 def _require_alike(streams: Sequence[WindowFile]) -> None:
     """Both streams of the same windows."""
     first = streams[0]
@@ -284,7 +323,7 @@ def protocol(run: Run, settings: Settings) -> dict[str, Any]:
 
 
 def _windows(
-    network: Detector,
+    network: Forward,
     store: Store,
     videos: Sequence[int],
     clips: ClipSettings,

@@ -365,6 +365,9 @@ def test_an_export_finds_the_same_actions_without_gkd(gkd: Gkd, scored: Path, tm
     words = ("export", PRESET, "--root", scored, "--format", "onnx", "--format", "safetensors", "--out", out)
     told = result_of(gkd, *words)
     assert told["onnx"]["largest_relative_difference"] <= told["onnx"]["accepted_difference"]
+    checked = told["whole_videos"]
+    assert (checked["videos"], checked["windows"] > 2, checked["detections"] > 10) == (2, True, True)
+    assert checked["found_again"] >= 0.98
     assert sorted(path.name for path in out.iterdir()) == [
         "README.md", "card.json", "decode.py", "model.onnx", "model.safetensors", "nms.py",
     ]  # fmt: skip
