@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -155,9 +156,15 @@ def held_out_score(
     device: torch.device,
     limit: int | None = None,
 ) -> float:
-    """Average mAP over whole videos, or over the first `limit` ones, read by this process."""
+    """Average mAP over whole videos, or over the first ones until `limit` windows, read by this process."""
     network.eval()
-    chosen = list(videos)[:limit]
+    chosen = list(videos)
+    if limit is not None:
+        length, stride = settings.clips.length, settings.eval.stride
+        before = itertools.accumulate(
+            (count_windows(store, [one], length, stride) for one in videos), initial=0
+        )
+        chosen = [video for video, windows in zip(chosen, before, strict=False) if windows < limit]
     workers = settings.train.workers if limit is None else 0
     found = _windows(network, store, chosen, settings.clips, settings, device, workers, lambda *_: None)
     detections = _detections(((one,) for one in found), store, chosen, settings, settings)
@@ -192,9 +199,7 @@ def score(
     Raises:
         GkdError: the streams are of other videos or windows.
     """
-    _require_alike(streams)
-    rows = ([stream[number] for stream in streams] for number in range(len(streams[0])))
-    detections = _detections(rows, store, videos, settings, run.settings)
+    detections = _detections(_alike(streams), store, videos, settings, run.settings)
     truth = _truth(store, videos)
     stated = store.ground_truth.get("test", {})
     known, tiou = _of_known(detections, truth, store, videos), settings.eval.tiou
@@ -259,16 +264,31 @@ def draw(
     draw_timelines(lines, folder / f"{name}timelines.png")
 
 
-def _require_alike(streams: Sequence[WindowFile]) -> None:
-    """Both streams of the same windows."""
+def _alike(streams: Sequence[WindowFile]) -> Iterator[list[VideoWindows]]:
+    """Of each video what all streams say; readers by several processes finish videos in another order.
+
+    Raises:
+        GkdError: the streams are of other videos or windows.
+    """
     first = streams[0]
-    for other in streams[1:]:
-        if other.names != first.names:
+    files = ", ".join(str(stream.path) for stream in streams)
+    places = [{name: place for place, name in enumerate(stream.names)} for stream in streams]
+    for other in places[1:]:
+        if other.keys() != places[0].keys():
             raise GkdError(
                 f"the two streams are of other videos: {len(first)} and {len(other)}",
-                f"{first.path}, {other.path}",
+                files,
                 "prepare both together: `gkd prepare ... --modality both`",
             )
+    for name in first.names:
+        row = [stream[place[name]] for stream, place in zip(streams, places, strict=True)]
+        if any(not np.array_equal(one.offsets, row[0].offsets) for one in row[1:]):
+            raise GkdError(
+                f"the two streams see other windows of video {name}",
+                files,
+                "both need the same eval.stride; `--set eval.stride=...` sets that of both",
+            )
+        yield row
 
 
 def protocol(run: Run, settings: Settings) -> dict[str, Any]:
@@ -313,9 +333,12 @@ def _detections(
     settings: Settings,
     trained: Settings,
 ) -> Detections:
-    """What stays of all candidates, by video's place in `chosen`, of networks as they were `trained`."""
+    """What stays of all candidates, by video's place in `chosen`, of networks as they were `trained`.
+
+    The `videos` may come in any order.
+    """
     places = {store.videos[video].name: place for place, video in enumerate(chosen)}
-    wanted, parts = settings.eval, []
+    wanted, parts = settings.eval, {}
     for streams in videos:
         first = streams[0]
         heads = first.heads
@@ -339,9 +362,10 @@ def _detections(
             recipe=trained.recipe,
             groups=found.labels,
         )
-        video = np.full(len(kept), places[first.name])
-        parts.append((video, found.segments[kept], found.labels[kept], scores))
-    return Detections(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+        place = places[first.name]
+        parts[place] = (np.full(len(kept), place), found.segments[kept], found.labels[kept], scores)
+    ordered = (parts[place] for place in sorted(parts))
+    return Detections(*(np.concatenate(each) for each in zip(*ordered, strict=True)))
 
 
 def _truth(store: Store, videos: Sequence[int]) -> GroundTruth:
