@@ -5,8 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from gkdcli.models.boundary import boundary_max_pool
 from gkdcli.models.network import build_cvae
 from gkdcli.models.recognizer import Recognizer
+from tests.conftest import borrow
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,3 +39,29 @@ def test_the_commands_run_on_the_device(gkd, workspace, schedule) -> None:
     common = ("demo-tiny", "--root", workspace, "--device", "cuda", "--set", f"train.schedule={schedule}")
     for command in ("pretrain-attention", "distill", "evaluate"):
         gkd(command, *common).must()
+
+
+def test_boundary_pooling_and_its_gradient_agree_with_the_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    feature = torch.randn(2, 8, 64, generator=generator)
+    segments = torch.randint(-9, 80, (2, 20, 4), generator=generator).float()
+    segments[0, 0] = torch.tensor([-torch.inf, torch.inf, torch.inf, -torch.inf])
+    found = []
+    for device in ("cpu", "cuda"):
+        leaf = feature.to(device).requires_grad_()
+        pooled = boundary_max_pool(leaf, segments.to(device))
+        pooled.square().sum().backward()
+        assert leaf.grad is not None
+        found.append((pooled.detach().cpu(), leaf.grad.cpu()))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("schedule", ["epoch", "step"])
+@pytest.mark.parametrize("recipe", ["official", "corrected"])
+def test_detection_runs_on_the_device(gkd, tiny_detection_store, tmp_path, schedule, recipe) -> None:
+    root = borrow(tiny_detection_store, tmp_path / "root")
+    sets = (f"train.schedule={schedule}", f"recipe={recipe}", "optim.batch_size=1", "optim.epochs=1")
+    chosen = [word for one in sets for word in ("--set", one)]
+    for command in ("pretrain-attention", "distill", "evaluate"):
+        gkd(command, "demo-detection-tiny", "--root", root, "--device", "cuda", *chosen).must()
