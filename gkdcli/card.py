@@ -165,11 +165,14 @@ _DETECT = (
     "`decode.py` and `nms.py` beside this page, NumPy alone, make segments in seconds of them:",
     "",
     "```python",
+    "import json",
+    "import numpy",
     "from decode import Heads, decode",
     "from nms import soft_nms",
     "",
     'card = json.load(open("card.json"))["detection"]',
-    "# outputs: the five arrays for all windows of a video; offsets: their first frames",
+    "# outputs: the five arrays for all windows of a video; offsets: their first frames, an array;",
+    "# fps: frames per second of what the windows are cut from",
     "found = decode(Heads(*outputs), offsets, numpy.array(card['priors']), clip_frames=card['clip_frames'],",
     "               fps=fps, threshold=card['threshold'])",
     "kept, scores = soft_nms(found.segments, found.scores, sigma=card['sigma'], floor=card['floor'],",
@@ -182,7 +185,8 @@ _DETECT = (
 def readable(card: dict[str, Any]) -> str:
     """The card as a page of Markdown."""
     scores = card["scores"] or {}
-    told = ", ".join(f"{key} {value:.3f}" for key, value in scores.items()) or "not evaluated yet"
+    told = ", ".join(f"{key} {value:.3f}" for key, value in scores.items() if value is not None)
+    told = told or "not evaluated yet"
     origin = f", distilled from run {card['distilled_from']}" if card["distilled_from"] else ""
     made = "Imported" if card["imported"] else "Trained"
     before, shape = card["preprocessing"], card["input"]["shape"]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import copy
 import json
 import re
@@ -19,7 +21,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from gkdcli.card import describe
+from gkdcli.card import describe, readable
 from gkdcli.data.clips import ClipDataset, normalise
 from gkdcli.data.store import Store
 from gkdcli.errors import GkdError
@@ -131,6 +133,25 @@ def test_scores_of_other_weights_are_not_claimed(evaluated, tmp_path):
     assert describe(run, rebuild(run))["scores"] is None
     (folder / "report.json").unlink()
     assert describe(run, rebuild(run))["scores"] is None
+
+
+def test_a_score_that_there_is_none_of_is_not_told(card):
+    """A test set without actions has no average precision: null in the report."""
+    unknown = card | {"scores": {"average_map": None, "average_map_official": None}}
+    assert "Test videos: not evaluated yet." in readable(unknown)
+    assert "Test videos: top1 0.250." in readable(card | {"scores": {"top1": 0.25, "top5": None}})
+
+
+def test_the_code_on_a_detectors_page_lacks_nothing_but_the_video(card):
+    code = readable(card | {"detection": {}}).split("```")[1].removeprefix("python\n")
+    names = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Name)]
+    known = {name.id for name in names if isinstance(name.ctx, ast.Store)} | set(dir(builtins))
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            known |= {alias.name for alias in node.names}
+    assert {name.id for name in names} - known == {"outputs", "offsets", "fps"}
+    for given in ("outputs:", "offsets:", "fps:"):
+        assert given in code
 
 
 def test_the_readable_card_reads_well(exported, card):

@@ -9,6 +9,7 @@ from gkdcli.models.boundary import boundary_max_pool
 from gkdcli.models.detector import Detector
 from gkdcli.models.network import build_cvae
 from gkdcli.models.recognizer import Recognizer
+from tests.conftest import borrow
 
 pytestmark = [
     pytest.mark.gpu,
@@ -26,14 +27,6 @@ def test_the_networks_agree_with_the_cpu() -> None:
     torch.testing.assert_close(found, wanted, rtol=1e-2, atol=1e-3)  # TF32 convolutions
 
 
-def test_the_cvae_generates_on_the_device() -> None:
-    network = Recognizer("top-i3d", 5, length=16, crop=64, width=0.25).cuda()
-    generators = build_cvae(network).cuda()
-    maps = network.attend(network.features(torch.randn(2, 3, 16, 64, 64, device="cuda")))
-    noise = torch.randn(2, *maps["Mixed_5c"].shape[:0:-1], device="cuda")
-    assert generators["Mixed_5c"].generate(maps["Mixed_5c"], noise).isfinite().all()
-
-
 def test_the_detector_agrees_with_the_cpu() -> None:
     """What is coarse; a boundary that rounding tips may change what is refined."""
     torch.manual_seed(0)
@@ -46,25 +39,42 @@ def test_the_detector_agrees_with_the_cpu() -> None:
         torch.testing.assert_close(getattr(found, name).cpu(), getattr(wanted, name), rtol=1e-2, atol=1e-2)
 
 
-def test_boundary_pooling_agrees_with_the_cpu_forwards_and_backwards() -> None:
-    generator = torch.Generator().manual_seed(0)
-    feature = torch.randint(0, 9, (2, 8, 64), generator=generator).float()  # many ties
-    segments = torch.rand(2, 30, 4, generator=generator) * 80 - 8
-    weights = torch.randn(2, 8, 30, generator=generator)
-    found = []
-    for device in ("cpu", "cuda"):
-        x = feature.to(device).requires_grad_()
-        pooled = boundary_max_pool(x, segments.to(device))
-        (pooled * weights.to(device)).sum().backward()
-        found.append((pooled.detach().cpu(), x.grad.cpu()))
-    torch.testing.assert_close(found[1], found[0])
+def test_the_cvae_generates_on_the_device() -> None:
+    network = Recognizer("top-i3d", 5, length=16, crop=64, width=0.25).cuda()
+    generators = build_cvae(network).cuda()
+    maps = network.attend(network.features(torch.randn(2, 3, 16, 64, 64, device="cuda")))
+    noise = torch.randn(2, *maps["Mixed_5c"].shape[:0:-1], device="cuda")
+    assert generators["Mixed_5c"].generate(maps["Mixed_5c"], noise).isfinite().all()
 
 
 @pytest.mark.parametrize("schedule", ["epoch", "step"])
-@pytest.mark.parametrize("preset", ["demo-tiny", "demo-detection-tiny"])
-def test_the_commands_run_on_the_device(gkd, workspace, preset, schedule) -> None:
-    if "detection" in preset:
-        gkd("prepare", preset, "--root", workspace).must()
-    common = (preset, "--root", workspace, "--device", "cuda", "--set", f"train.schedule={schedule}")
+def test_the_commands_run_on_the_device(gkd, workspace, schedule) -> None:
+    common = ("demo-tiny", "--root", workspace, "--device", "cuda", "--set", f"train.schedule={schedule}")
     for command in ("pretrain-attention", "distill", "evaluate"):
         gkd(command, *common).must()
+
+
+def test_boundary_pooling_and_its_gradient_agree_with_the_cpu() -> None:
+    generator = torch.Generator().manual_seed(0)
+    feature = torch.randn(2, 8, 64, generator=generator)
+    segments = torch.randint(-9, 80, (2, 20, 4), generator=generator).float()
+    segments[0, 0] = torch.tensor([-torch.inf, torch.inf, torch.inf, -torch.inf])
+    found = []
+    for device in ("cpu", "cuda"):
+        leaf = feature.to(device).requires_grad_()
+        pooled = boundary_max_pool(leaf, segments.to(device))
+        pooled.square().sum().backward()
+        assert leaf.grad is not None
+        found.append((pooled.detach().cpu(), leaf.grad.cpu()))
+    assert torch.equal(found[0][0], found[1][0])
+    torch.testing.assert_close(found[0][1], found[1][1])
+
+
+@pytest.mark.parametrize("schedule", ["epoch", "step"])
+@pytest.mark.parametrize("recipe", ["official", "corrected"])
+def test_detection_runs_on_the_device(gkd, tiny_detection_store, tmp_path, schedule, recipe) -> None:
+    root = borrow(tiny_detection_store, tmp_path / "root")
+    sets = (f"train.schedule={schedule}", f"recipe={recipe}", "optim.batch_size=1", "optim.epochs=1")
+    chosen = [word for one in sets for word in ("--set", one)]
+    for command in ("pretrain-attention", "distill", "evaluate"):
+        gkd(command, "demo-detection-tiny", "--root", root, "--device", "cuda", *chosen).must()

@@ -238,6 +238,9 @@ class _WindowReader(IterableDataset[Block | GkdError]):
                 before = offset, window
             real = torch.tensor([min(frames - offset, self.clips.length) for offset in chosen])
             last = first + self.batch >= len(offsets)
+            if before is not None and not last:
+                # a worker's block is moved to shared memory by another thread while the next one is made
+                before = before[0], before[1].clone()
             yield Block(video, torch.tensor(chosen), windows, real, last)
 
     def _fill(self, window: Tensor, video: int, offset: int, before: tuple[int, Tensor] | None) -> None:

@@ -1,6 +1,6 @@
 """The detector's outputs -> candidates in seconds (METHOD.md 5, inference). NumPy alone.
 
-An exported graph returns the same six outputs: this module and `nms` are all that its users need besides.
+An exported graph returns the same five outputs: this module and `nms` are all that its users need besides.
 """
 
 from __future__ import annotations

@@ -80,7 +80,8 @@ def predict_windows(
         GkdError: a video is damaged, or the device has too little memory.
     """
     done, unfinished = 0, dict[int, list[tuple[Tensor, list[NDArray[np.float32]]]]]()
-    blocks = window_blocks(store, videos, clips, stride=stride, batch=batch_size, workers=workers)
+    pin = device.type == "cuda"
+    blocks = window_blocks(store, videos, clips, stride=stride, batch=batch_size, workers=workers, pin=pin)
     with contextlib.closing(blocks):
         for block in blocks:
             parts = unfinished.setdefault(block.video, [])

@@ -31,6 +31,7 @@ class _Stream:
     run: Run
     videos: list[int]
     predictions: Any
+    plain: bool  # of the plain features although the network has an attention
 
 
 def evaluate(
@@ -158,7 +159,7 @@ def _streams(
         plain = len(places) > 1 and place.modality == "flow" and run.record["recipe"] == "official"
         plain = plain and place.settings.task == "detection"
         predictions = _predictions(place, console, run, store, videos, saved, plain)
-        found.append(_Stream(place, store, run, videos, predictions))
+        found.append(_Stream(place, store, run, videos, predictions, plain))
     return found
 
 
@@ -266,6 +267,7 @@ def _score(stream: _Stream) -> tuple[Any, dict[str, Any]]:
             **_task_protocol(stream),
             "clip_frames": run.settings.clips.length,
             "crop_px": run.settings.clips.crop,
+            **({"of": "plain feature"} if stream.plain else {}),
             **flow,
             "store": store.fingerprint,
             "weights_sha256": digest(run.weights),

@@ -12,7 +12,7 @@ from gkdcli.export import graph_session, write_export
 from gkdcli.pipeline.lookup import find_run, open_store, split_videos
 from gkdcli.result import Result
 from gkdcli.runs import Place, Run
-from gkdcli.tasks import detection
+from gkdcli.tasks.detection_scores import agreement
 from gkdcli.tasks.trained import rebuild
 
 _CHECKED = 2  # test videos on which a detector's graph is compared
@@ -50,7 +50,7 @@ def _on_whole_videos(place: Place, run: Run, network: Any, store: Store, graph: 
     """
     session = graph_session(graph)
     videos = split_videos(store, place, "test")[:_CHECKED]
-    found = detection.agreement([network, session], store, videos, run, place.settings)
+    found = agreement([network, session], store, videos, run, place.settings)
     if found["found_again"] < _AGREE:
         raise GkdError(
             f"the graph finds {found['found_again']:.1%} of what the live network finds in whole videos",

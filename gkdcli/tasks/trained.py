@@ -12,16 +12,14 @@ import torch
 from torch import nn
 
 from gkdcli.data.batches import Clips
-from gkdcli.data.clips import ClipDataset
 from gkdcli.data.store import Store
 from gkdcli.errors import GkdError, usage_error
-from gkdcli.models.cost import Cost, cost
 from gkdcli.models.foreign import open_weights
 from gkdcli.models.network import Network, Norms, build_cvae
 from gkdcli.models.video_backbones import related
 from gkdcli.models.weights import Fit, fit, init_student, load_tensors, require_fit
 from gkdcli.runs import Run
-from gkdcli.settings import CHANNELS, Role, Settings
+from gkdcli.settings import Role, Settings
 from gkdcli.tasks import detection, recognition
 
 
@@ -81,22 +79,6 @@ def has_attention(run: Run) -> bool:
 def has_generators(run: Run) -> bool:
     """All trained teachers have their CVAE; an imported one may have come without."""
     return bool(run.record.get("generators", True))
-
-
-def run_cost(run: Run) -> Cost:
-    """Parameters and multiply-adds of a run's network."""
-    record, clips = run.record, run.settings.clips
-    channels = CHANNELS[record["modality"]]
-    return cost(
-        lambda: task_of(run.settings).build_network(
-            run.settings,
-            ROLE[record["stage"]],
-            len(record["classes"]),
-            record["modality"],
-            has_attention(run),
-        ),
-        (channels, clips.length, clips.crop, clips.crop),
-    )
 
 
 def require_same_clip(teacher: Run, settings: Settings) -> None:
@@ -205,15 +187,6 @@ def norms_of(settings: Settings, began: str) -> Norms:
     if settings.recipe == "official":
         return "held"
     return "trained" if began == "from scratch" else "frozen"
-
-
-def test_dataset(store: Store, run: Run, videos: list[int]) -> ClipDataset:
-    """Test views of some videos, cut as the run's network was trained."""
-    settings = run.settings
-    return ClipDataset(store, videos, settings.clips, settings.recipe, seed=None)
-
-
-test_dataset.__test__ = False  # type: ignore[attr-defined]
 
 
 def chosen_device(settings: Settings) -> torch.device:

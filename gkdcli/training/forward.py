@@ -50,7 +50,7 @@ class Forward:
         """Taps of a network, {"Mixed_5c": (B, C, T', H', W')}, of clips (B, channels, T, H, W)."""
         run = network.features
         if self.compiled:
-            # of each size its own graph: a run has two, full batches and the last one
+            # of each size its own graph: full batches, the last one, and those with spliced clips
             if id(network) not in self._graphs:
                 self._graphs[id(network)] = torch.compile(run, dynamic=False)
             run = self._graphs[id(network)]

@@ -67,7 +67,7 @@ class Job:
         supervised: the task's terms.
         score: what `validate` gives, for example `top1`.
         validate: score on the held-out clips, higher is better; None where nothing is held out.
-        warm_up: two validation batches, run before step 1.
+        warm_up: about two validation batches, run before step 1.
         resume_command: what the user types to go on.
     """
 
@@ -88,7 +88,8 @@ class Trainer:
     checkpoint, so a run that was stopped and continued ends with the very same weights.
 
     With accumulation the gradients of several batches add up to that of one batch of all their clips, except
-    that batch norm knows each batch by itself, and so do the batch-wide sums of recipe `official`.
+    that batch norm knows each batch by itself, and so do the batch-wide sums of recipe `official` and what
+    detection divides by: its counts of matched priors and of spliced clips.
 
     Args:
         job: what.

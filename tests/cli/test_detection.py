@@ -306,6 +306,8 @@ def test_official_flow_is_fused_without_attention_and_scored_alone_with_it(
     conf = [detection.load(path)[0].heads.conf for path in sorted(entries["flow"].glob("*.h5"))]
     assert not np.array_equal(*conf)
     assert fused["protocol"]["recipe"] == "official"
+    assert fused["flow"]["protocol"]["of"] == "plain feature"  # so its score here is not the one alone
+    assert "of" not in fused["rgb"]["protocol"]
     corrected = borrow(tiny_detection, tmp_path / "corrected")
     shutil.copytree(tiny_detection / "runs", corrected / "runs")
     for path in corrected.glob("runs/**/predictions*.h5"):

@@ -293,6 +293,19 @@ def test_blocks_hold_the_windows_of_every_video_in_order(raw, videos, stride, ba
                 assert real == min(len(frames), 32)
 
 
+def test_a_block_is_its_receivers_own(raw, videos):
+    """The next one overlaps with it, but is not read out of it: a worker's is being moved by then."""
+    offsets = test_offsets(len(videos[LONG].frames), 32, 12)
+    found = window_blocks(raw, [LONG], CLIPS, stride=12, batch=2, workers=0)
+    seen = []
+    for block in found:
+        seen += [clip.clone() for clip in block.clips]
+        block.clips.fill_(7)
+    assert len(seen) == len(offsets) > 4
+    for clip, offset in zip(seen, offsets, strict=True):
+        np.testing.assert_array_equal(clip, expected_window(videos[LONG].frames, offset))
+
+
 @pytest.mark.parametrize("stride", [1, 12, 32, 40])
 def test_every_frame_is_read_once(compressed, monkeypatch, stride):
     reads: Counter[tuple[int, int]] = Counter()

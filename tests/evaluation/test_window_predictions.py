@@ -17,6 +17,7 @@ from gkdcli.data.clips import normalise
 from gkdcli.data.store import Store
 from gkdcli.data.windows import test_offsets
 from gkdcli.errors import GkdError
+from gkdcli.evaluation import windows
 from gkdcli.evaluation.decode import Heads
 from gkdcli.evaluation.windows import (
     VideoWindows,
@@ -100,6 +101,21 @@ def test_windows_are_what_one_at_a_time_gives(predicted, network, videos):
                 np.testing.assert_allclose(ours[place], expected, rtol=1e-5, atol=1e-5)
     long = predicted["long"].heads
     assert np.ptp(long.loc, axis=0).max() > 1e-4  # windows do differ
+
+
+@pytest.mark.parametrize(("device", "pinned"), [("cpu", False), ("cuda", True)])
+def test_windows_for_a_gpu_are_read_into_page_locked_memory(store, monkeypatch, device, pinned):
+    asked = []
+
+    def nothing(*_, pin=False, **__):
+        asked.append(pin)
+        yield from ()
+
+    monkeypatch.setattr(windows, "window_blocks", nothing)
+    options = {"stride": STRIDE, "batch_size": 4, "workers": 0, "tick": lambda *_: None}
+    device = torch.device(device)
+    assert not list(predict_windows(store, [0], lambda _: [], SETTINGS.clips, device=device, **options))
+    assert asked == [pinned]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 64])

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from gkdcli.data.clips import normalise
+from gkdcli.data.clips import ClipDataset, normalise
 from gkdcli.data.store import Store
 from gkdcli.errors import GkdError
 from gkdcli.models.layers import LAYOUT
 from gkdcli.models.recognizer import Recognizer
 from gkdcli.runs import Run
 from gkdcli.tasks import recognition
-from gkdcli.tasks.trained import rebuild, test_dataset
+from gkdcli.tasks.trained import rebuild
 from gkdcli.training.forward import Forward
 from gkdcli.training.noise import Noise
 from gkdcli.training.steps import (
@@ -84,7 +84,7 @@ def terms(played: Networks, clips: Tensor, settings) -> dict[str, float]:
 def test_features_maps_and_logits_of_a_trained_network_in_bf16(stage, tiny_trained):
     (folder,) = tiny_trained.glob(f"runs/demo-tiny/{stage}-rgb/*")
     run, store = Run(folder), Store.open(tiny_trained / "stores/demo-tiny/rgb.h5")
-    views = test_dataset(store, run, store.split(1, "test"))
+    views = ClipDataset(store, store.split(1, "test"), run.settings.clips, run.settings.recipe, seed=None)
     seen = normalise(torch.stack([views[n, 0, 0][0] for n in range(12)]), run.settings.clips)
     played = Networks(rebuild(run))
     wanted = outputs(played, seen)
