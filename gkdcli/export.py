@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.resources
 import json
+import logging
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +84,7 @@ def _write_onnx(
         ) from None
     shape = tuple(card["input"]["shape"][1:])
     clip = torch.from_numpy(np.random.default_rng(0).standard_normal((2, *shape), dtype=np.float32))
+    logging.getLogger("onnxscript").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
         warnings.simplefilter("ignore")  # the exporter's own deprecations are none of the user's business
         program = torch.onnx.export(

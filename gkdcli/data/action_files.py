@@ -267,7 +267,14 @@ def _add_annotations(actions: _Actions, video: str, annotations: Any) -> None:
     for number, annotation in enumerate(annotations, 1):
         segment = annotation.get("segment") if isinstance(annotation, dict) else None
         label = annotation.get("label") if isinstance(annotation, dict) else None
-        if not isinstance(segment, list) or len(segment) != 2 or not isinstance(label, str):
+        if (
+            isinstance(segment, list)
+            and len(segment) == 2
+            and label is not None
+            and not isinstance(label, str)
+        ):
+            actions.problem(number, video, f"label {_quoted([label])} is not text; left out")
+        elif not isinstance(segment, list) or len(segment) != 2 or not isinstance(label, str):
             actions.problem(
                 number,
                 video,

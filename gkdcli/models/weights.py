@@ -231,7 +231,7 @@ def require_fit(result: Fit, where: str, whom: str = "network") -> None:
         return
     shapes, missing, unexpected = len(result.wrong_shape), len(result.missing), len(result.unexpected)
     noun = "1 tensor has another shape" if shapes == 1 else f"{shapes} tensors have another shape"
-    hint = "name a file written for the same network, clip length, crop, width and classes"
+    hint = "name a file of the same network, clip length, crop, width (`--set model.width=...`) and classes"
     if result.wrong_shape:
         name, got, wanted = result.wrong_shape[0]
         first = f"{name} is {times(got)}, the model wants {times(wanted)}"

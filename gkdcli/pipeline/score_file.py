@@ -104,7 +104,7 @@ def _find_ground_truth(place: Place, console: Console) -> Path:
     raise GkdError(
         f"there is no ground truth for {place.settings.dataset}",
         f"looked for {' and '.join(_NAMES)} under {place.videos}, two folders deep",
-        "name the file with `--ground-truth thumos_gt.json`",
+        "name the file with `--ground-truth FILE.json`",
     )
 
 

@@ -89,6 +89,12 @@ def train(
         first_weights = weights_at(first_weights)
     require_channels(settings.clips, CHANNELS[place.modality])
     videos, held = hold_out(store.videos, split_videos(store, place, "train"), settings.data.holdout)
+    if settings.data.holdout and not held:
+        console.warn(
+            "no training video is held out: `last` will be used, the best epoch is not known",
+            f"data.holdout = {settings.data.holdout:g}, training videos {len(videos)}",
+            "it takes five videos (or groups) of one class; untrimmed videos count together",
+        )
     teacher_run = _find_teacher(place, console, stage, store, teacher, dry_run)
     task = task_of(settings)
     dataset = task.training_set(store, videos, settings)
@@ -290,6 +296,7 @@ def _record(
 
 def _trained(place: Place, stage: str, run: Run) -> Result:
     record, score = run.record, task_of(place.settings).SCORE
+    curves = run.folder / "curves.png"
     payload = {
         "state": record["state"],
         "run": str(run.folder),
@@ -299,7 +306,7 @@ def _trained(place: Place, stage: str, run: Run) -> Result:
         "gmac": record["gmac"],
         "best_epoch": record["progress"]["best_epoch"],
         f"held_out_{score}": record["progress"][f"best_held_out_{score}"],
-        "curves": str(run.folder / "curves.png"),
+        "curves": str(curves) if curves.exists() else None,  # there are none within the first epoch
     }
     then = place.command("distill") if stage == "pretrain" else place.command("evaluate")
     if record["state"] == "cut":

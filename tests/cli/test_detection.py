@@ -17,8 +17,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gkdcli.data.clips import hold_out
 from gkdcli.data.store import Store
 from gkdcli.models.weights import load_tensors
+from gkdcli.pipeline import train
 from gkdcli.runs import Run
 from gkdcli.tasks import detection
 from gkdcli.tasks.trained import rebuild, rebuild_generators
@@ -207,7 +209,7 @@ def test_the_plain_student_is_trained_and_compared(gkd: Gkd, root: Path, scored:
 def test_a_run_cut_short_goes_on_to_the_same_weights(gkd: Gkd, tiny_detection: Path, root: Path) -> None:
     """Against the run that was never cut; norms stay frozen, as the student began from its teacher."""
     cut = gkd("distill", PRESET, "--root", root, "--max-steps", 3, "--json").must().json["result"]
-    assert (cut["state"], cut["steps"]) == ("cut", 3)
+    assert (cut["state"], cut["steps"], cut["curves"]) == ("cut", 3, None)  # within its first epoch
     assert gkd("evaluate", PRESET, "--root", root).code == 1  # never chosen silently
     done = gkd("distill", PRESET, "--root", root, "--resume", "--json").must().json["result"]
     assert (done["state"], done["steps"], done["run"]) == ("complete", 10, cut["run"])
@@ -232,6 +234,20 @@ def test_held_out_videos_choose_the_weights(gkd: Gkd, root: Path) -> None:
     assert run.record["protocol"]["held_out_videos"] == 1
     again = evaluated(gkd, root, "--model", "teacher")
     assert again["protocol"]["chosen_on"] == "held-out training videos"
+
+
+@pytest.mark.parametrize(("share", "told"), [(0.5, True), (0.0, False)])
+def test_a_set_too_small_to_hold_out_of_is_told(
+    gkd: Gkd, root: Path, monkeypatch: pytest.MonkeyPatch, share: float, told: bool
+) -> None:
+    monkeypatch.setattr(
+        train, "hold_out", lambda rows, videos, fraction: hold_out(rows, videos[:4], fraction)
+    )
+    outcome = gkd(
+        "pretrain-attention", PRESET, "--root", root, "--set", f"data.holdout={share}", "--dry-run"
+    ).must()
+    assert ("no training video is held out" in outcome.err) == told
+    assert (f"data.holdout = {share}, training videos 4" in outcome.err) == told
 
 
 def test_the_plan_counts_clips_that_show_an_action(gkd: Gkd, root: Path) -> None:
@@ -341,6 +357,15 @@ json.dump(rows, sys.stdout)
 """
 
 
+CARD_NEEDS = [
+    "import json",
+    "import numpy",
+    "from decode import Heads, decode",
+    "from nms import soft_nms",
+    'card = json.load(open("card.json"))["detection"]',
+]
+
+
 def windows_of(frames: np.ndarray, card: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """The card's steps 2 to 5, to the letter: normalised windows (W, C, T, H, W) and their first frames."""
     told, crop = card["preprocessing"], card["input"]["shape"][-1]
@@ -360,12 +385,16 @@ def windows_of(frames: np.ndarray, card: dict[str, Any]) -> tuple[np.ndarray, np
     return windows.transpose(0, 4, 1, 2, 3), np.array(offsets)
 
 
-def test_an_export_finds_the_same_actions_without_gkd(gkd: Gkd, scored: Path, tmp_path: Path) -> None:
+def test_an_export_finds_the_same_actions_without_gkd(
+    gkd: Gkd, scored: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     """A whole video through graph, decode.py and nms.py, as the card says, in a process of its own."""
     evaluated(gkd, scored, "--output", tmp_path / "found.json")
     out = tmp_path / "export"
     words = ("export", PRESET, "--root", scored, "--format", "onnx", "--format", "safetensors", "--out", out)
-    told = result_of(gkd, *words)
+    exported = gkd(*words, "--json").must()
+    assert "constant folding" not in caplog.text  # the exporter's own notes
+    told = exported.json["result"]
     assert told["onnx"]["largest_relative_difference"] <= told["onnx"]["accepted_difference"]
     checked = told["whole_videos"]
     assert (checked["videos"], checked["windows"] > 2, checked["detections"] > 10) == (2, True, True)
@@ -397,6 +426,8 @@ def test_an_export_finds_the_same_actions_without_gkd(gkd: Gkd, scored: Path, tm
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert len(found) > 100
+    quoted = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
+    assert [line for line in quoted.splitlines() if line[:1].isalpha()][:5] == CARD_NEEDS
     assert_same_detections(found, expected[video.name])
 
 

@@ -197,6 +197,7 @@ BAD_JSON = {
     "[]": "the video is not an object with a `subset`; left out",
     '{"subset": "test", "annotations": [{"segment": [1], "label": "a"}]}': NO_ANNOTATION,
     '{"subset": "test", "annotations": [{"segment": [1, 2]}]}': NO_ANNOTATION,
+    '{"subset": "test", "annotations": [{"segment": [1, 2], "label": 3}]}': "label `3` is not text; left out",
     '{"subset": "test", "annotations": [{"segment": [1, true], "label": "a"}]}': "start and end are `1` and"
     " `True`, not two numbers of seconds; left out",
     '{"subset": "test", "annotations": [{"segment": [1, NaN], "label": "a"}]}': "start and end are `1` and"
