@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -357,9 +355,10 @@ def test_a_drawn_set_goes_the_same_way(gkd: Gkd, tmp_path: Path, monkeypatch: py
         write_json(folder / "annotations.json", OWN)
         progress(3, 3)
 
-    module = types.ModuleType("gkdcli.data.demo_detection")
-    module.draw_untrimmed = draw_untrimmed  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, module.__name__, module)
+    # in the process of the test: the command draws where it runs
+    from gkdcli.pipeline import prepare
+
+    monkeypatch.setattr(prepare, "draw_untrimmed", draw_untrimmed)
     sets = ("data.source=drawn", "data.draw_train=2", "data.draw_test=1")
     words = [
         "prepare",

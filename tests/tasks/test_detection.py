@@ -254,8 +254,9 @@ def test_every_spliced_clip_counts() -> None:
         for clip, shown in enumerate((other, spliced)):
             one = targets | {"spliced": torch.tensor([clip == 0, clip == 1])}
             single.append(value(supervise(settings, network, clips, shown, one)[0], "boundary_contrast"))
-    assert abs(single[0] - single[1]) > 1e-4
-    torch.testing.assert_close(value(both, "boundary_contrast"), sum(single) / 2)
+    assert abs(single[0] - single[1]) > 1e-3
+    # rounding, magnified by the group norms of so narrow a network
+    torch.testing.assert_close(value(both, "boundary_contrast"), sum(single) / 2, rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize(("recipe", "pulls"), [("official", True), ("corrected", False)])

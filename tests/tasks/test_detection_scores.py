@@ -14,7 +14,7 @@ from gkdcli.data.store import Store
 from gkdcli.errors import GkdError
 from gkdcli.evaluation.decode import Heads
 from gkdcli.evaluation.windows import VideoWindows, WindowFile, save_windows
-from gkdcli.tasks import detection
+from gkdcli.tasks import detection, detection_scores
 from tests.stores import Video, make_store, picture
 from tests.training.detection_jobs import page
 
@@ -95,7 +95,7 @@ def test_the_limit_of_a_trial_is_in_windows_and_whole_videos_are_taken(tested, m
 
     with saved(tested.path.parent / "some.h5", "abc") as file:
         saved_windows = [file[n] for n in range(3)]
-    monkeypatch.setattr(detection, "_windows", windows)
+    monkeypatch.setattr(detection_scores, "_windows", windows)
     network = torch.nn.Linear(1, 1)
     for limit in (1, 3, 4, 99, None):
         detection.held_out_score(network, tested, [0, 1, 2], settings, torch.device("cpu"), limit)
