@@ -8,10 +8,11 @@ import io
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from gkdcli.data.json_keys import Twice, object_or_twice
 from gkdcli.data.names import check_text, short, video_stem
 from gkdcli.data.sources import SUBSETS, Listing, Source, Subset
 from gkdcli.errors import GkdError
@@ -264,7 +265,7 @@ def _csv_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
 
 def _json_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
     try:
-        document = json.loads(text, object_pairs_hook=_object)
+        document = json.loads(text, object_pairs_hook=object_or_twice)
     except ValueError as error:
         raise GkdError("not a JSON file", f"{path}: {error}", _LIST_HINT) from None
     except RecursionError:
@@ -273,29 +274,13 @@ def _json_rows(path: Path, text: str) -> Iterator[tuple[str, dict[str, str]]]:
         raise GkdError("a list of videos in JSON is an array of objects", str(path), _LIST_HINT)
     for number, entry in enumerate(document, start=1):
         place = f"entry {number}"
-        if isinstance(entry, _Twice):
+        if isinstance(entry, Twice):
             check_text(entry.key, f"{path} {place}")
             raise GkdError(f"an entry has the key `{short(entry.key)}` twice", f"{path} {place}", _LIST_HINT)
         if not isinstance(entry, dict) or not all(isinstance(value, str) for value in entry.values()):
             raise GkdError("an entry is not an object of strings", f"{path} {place}", _LIST_HINT)
         _check_columns(set(entry), f"{path} {place}")
         yield place, {key: value.strip() for key, value in entry.items()}
-
-
-@dataclass(frozen=True)
-class _Twice:
-    """Stands for a JSON object that has a key twice, of which a plain dict would keep the last."""
-
-    key: str
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any] | _Twice:
-    taken: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in taken:
-            return _Twice(key)
-        taken[key] = value
-    return taken
 
 
 def _check_columns(names: set[str], where: str) -> None:

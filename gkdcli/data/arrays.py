@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from gkdcli.data.sources import Stated
-from gkdcli.data.video import BadFlow, BadVideo, Bytes, Picture, VideoInfo, encode, stored_size
+from gkdcli.data.video import BadFlow, BadVideo, Bytes, Picture, VideoInfo, encode_flow, stored_size
 from gkdcli.settings import CHANNELS, DataSettings
 
 _BLOCK = 64  # frames mapped at a time: pages of blocks that were read are given back
@@ -117,11 +117,7 @@ class ArrayVideo:
         motion: tuple[bytes, ...] | Bytes | None = None
         count = 0
         for frame in _frames(self._flow):
-            motion = (
-                frame
-                if data.storage == "raw"
-                else tuple(encode(np.ascontiguousarray(frame[:, :, axis]), data) for axis in (0, 1))
-            )
+            motion = encode_flow(frame, data)
             count += 1
             self.read += self._rgb is None
             yield motion

@@ -9,14 +9,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from gkdcli.data.annotations import Source
 from gkdcli.data.arrays import ArrayVideo
 from gkdcli.data.flow import FlowEstimator
 from gkdcli.data.images import FrameFolder
-from gkdcli.data.parts import Bytes, PartWriter, Stored, read_attributes
-from gkdcli.data.video import BadFlow, BadVideo, VideoReader, encode, stored_size
+from gkdcli.data.parts import PartWriter, Stored, read_attributes
+from gkdcli.data.video import BadFlow, BadVideo, VideoReader, encode_flow, stored_size
 from gkdcli.files import digest, disk_is_full, stamp
 from gkdcli.runs import version
 from gkdcli.settings import MODALITIES, DataSettings
@@ -194,7 +192,7 @@ def _write(
         if flow is not None:
             grey = picture.grey()
             if previous is not None:
-                motion = _stored_flow(estimator.between(previous, grey), data)
+                motion = encode_flow(estimator.between(previous, grey), data)
                 flow.append(motion)
             previous = grey
     if flow is None:
@@ -219,13 +217,6 @@ def _write_given_flow(
     if images is not None and not video.has_frames and beside == flow.frames + 1:
         flow.append(images)  # one image fewer than frames is usual
     flow.update(flow_method=data.flow, flow_bound=data.flow_bound, flow_parameters="as the images were given")
-
-
-def _stored_flow(flow: Bytes, data: DataSettings) -> Stored:
-    """(H, W, 2) uint8 -> as the store keeps it."""
-    if data.storage == "raw":
-        return flow
-    return tuple(encode(np.ascontiguousarray(flow[:, :, axis]), data) for axis in (0, 1))
 
 
 def _frames_beside(part: Path | None, attributes: Mapping[str, Any]) -> int | None:

@@ -88,6 +88,13 @@ def encode(picture: Bytes, data: DataSettings) -> bytes:
     return bytes(cv2.imencode(".jpg", picture, [cv2.IMWRITE_JPEG_QUALITY, data.jpeg_quality])[1])
 
 
+def encode_flow(flow: Bytes, data: DataSettings) -> tuple[bytes, ...] | Bytes:
+    """(H, W, 2) uint8 as a store keeps it: as it is, or (JPEG of x, JPEG of y)."""
+    if data.storage == "raw":
+        return flow
+    return tuple(encode(np.ascontiguousarray(flow[:, :, axis]), data) for axis in (0, 1))
+
+
 def decode(jpeg: bytes, grey: bool = False) -> Bytes:
     """A JPEG file -> (H, W, 3) BGR or (H, W) grey.
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gkdcli.data.action_files import Entry, read_activitynet, readable
+from gkdcli.data.json_keys import Twice, object_or_twice
 from gkdcli.data.names import check_text
 from gkdcli.data.sources import Problem
 from gkdcli.errors import GkdError
@@ -89,9 +90,9 @@ def read_submission(path: Path, truth: GroundTruth) -> Detections:
     document = _load(path)
     _refuse_twice(document, str(path))
     results = document.get("results") if isinstance(document, dict) else None
+    _refuse_twice(results, f"{path}, `results`")
     if not isinstance(results, dict):
         raise GkdError("a file of detections needs an object `results`", str(path), _HINT)
-    _refuse_twice(results, f"{path}, `results`")
     videos = {name: number for number, name in enumerate(truth.videos)}
     labels = {name: number for number, name in enumerate(truth.classes)}
     video_of: list[int] = []
@@ -125,10 +126,10 @@ def _entry(entry: Any) -> tuple[str, float, float, float]:
     Raises:
         ValueError: what is wrong with it.
     """
+    if isinstance(entry, Twice):
+        raise ValueError(f"a detection has the key `{readable(entry.key)}` twice")
     if not isinstance(entry, dict):
         raise ValueError("a detection is not an object")
-    if isinstance(entry, _Twice):
-        raise ValueError(f"a detection has the key `{readable(entry.key)}` twice")
     for key in ("label", "score", "segment"):
         if key not in entry:
             raise ValueError(f"a detection has no `{key}`")
@@ -155,23 +156,8 @@ def _number(value: Any, name: str) -> float:
     return number
 
 
-class _Twice(dict[str, Any]):
-    """An object of the file that has a key twice."""
-
-    key = ""
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    taken = dict(pairs)
-    if len(taken) == len(pairs):
-        return taken
-    twice, seen = _Twice(taken), set[str]()
-    twice.key = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-    return twice
-
-
 def _refuse_twice(document: Any, where: str) -> None:
-    if isinstance(document, _Twice):
+    if isinstance(document, Twice):
         raise GkdError(f"the key `{readable(document.key)}` is there twice", where, "keep one of the two")
 
 
@@ -187,7 +173,7 @@ def _load(path: Path) -> Any:
     except UnicodeDecodeError as error:
         raise GkdError("the file of detections is not UTF-8 text", f"{path}: {error.reason}", _HINT) from None
     try:
-        return json.loads(text, object_pairs_hook=_object)
+        return json.loads(text, object_pairs_hook=object_or_twice)
     except RecursionError:
         raise GkdError("the JSON is nested too deeply", str(path), _HINT) from None
     except ValueError as error:

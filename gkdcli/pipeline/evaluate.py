@@ -198,6 +198,7 @@ def _scored(streams: Sequence[_Stream]) -> tuple[Any, dict[str, Any]]:
     if len(streams) == 1:
         return _score(streams[0])
     first, summary = streams[0], task_of(streams[0].run.settings).SUMMARY
+    shared = {"dataset", "split", "videos", "recipe", *_task_protocol(first)}
     own = {stream.place.modality: _score(stream)[1] for stream in streams}
     rgb, flow = own["rgb"], own["flow"]
     scores, fused = _task_scores(first, [stream.predictions for stream in streams])
@@ -215,11 +216,7 @@ def _scored(streams: Sequence[_Stream]) -> tuple[Any, dict[str, Any]]:
         "flow": flow,
         "fused": {key: scores[key] for key in summary},
         "protocol": {
-            **{
-                key: value
-                for key, value in rgb["protocol"].items()
-                if key in ("dataset", "split", "videos", "recipe") or key in _task_protocol(first)
-            },
+            **{key: value for key, value in rgb["protocol"].items() if key in shared},
             "modality": "rgb+flow",
             "fusion_weights": list(first.place.settings.eval.fusion_weights),
             "flow_method": flow["protocol"]["flow_method"],
@@ -270,7 +267,7 @@ def _score(stream: _Stream) -> tuple[Any, dict[str, Any]]:
             **({"of": "plain feature"} if stream.plain else {}),
             **flow,
             "store": store.fingerprint,
-            "weights_sha256": digest(run.weights),
+            "weights_sha256": stream.predictions.made_with["weights"],
             **record["protocol"],
         },
     }

@@ -110,14 +110,14 @@ def score(
 
 def _class_priors(store: Store, videos: Sequence[int], truth: GroundTruth) -> Detections:
     """What someone finds who knows only how frequent and how long the training videos' actions are."""
-    known = [video for video in videos if store.videos[video].name in set(truth.videos)]
-    tested = set(videos)
+    known, tested = set(truth.videos), set(videos)
     actions = [
         one for video in range(len(store.videos)) if video not in tested for one in store.segments[video]
     ]
     labels = np.array([one.label for one in actions], np.int64)
     lengths = np.array([one.end - one.start for one in actions], np.float64)
-    durations = np.array([store.videos[video].frames / store.videos[video].fps for video in known])
+    rows = (store.videos[video] for video in videos)
+    durations = np.array([row.frames / row.fps for row in rows if row.name in known])
     return class_priors(labels, lengths, durations)
 
 
