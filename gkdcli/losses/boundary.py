@@ -54,7 +54,7 @@ def boundary_contrast(pooled: Tensor, spliced: Tensor) -> Tensor:
 
 
 def _cross_entropy(feature: Tensor, wanted: Tensor) -> Tensor:
-    probability = feature.tanh().mean(dim=1)  # (B, T)
+    probability = feature.tanh().mean(dim=1).clamp(max=1)  # (B, T); a mean of ones may be rounded up
     # torch's refuses NaN, on CUDA by ending the process; the trainer names the term that is no number
     lost = probability.isnan()
     loss = F.binary_cross_entropy(probability.masked_fill(lost, 0.0), wanted)

@@ -12,19 +12,18 @@ from gkdcli.settings import OptimSettings
 
 
 def network_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
-    """SGD with momentum or Adam, with coupled weight decay."""
+    """SGD with momentum or Adam, with coupled weight decay; fused: one pass over memory instead of many."""
     wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    rate, decay = settings.learning_rate, settings.weight_decay
     if settings.algorithm == "sgd":
-        return torch.optim.SGD(
-            wanted, lr=settings.learning_rate, momentum=settings.momentum, weight_decay=settings.weight_decay
-        )
-    return torch.optim.Adam(wanted, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        return torch.optim.SGD(wanted, rate, settings.momentum, weight_decay=decay, fused=True)
+    return torch.optim.Adam(wanted, rate, weight_decay=decay, fused=True)
 
 
 def generator_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSettings) -> torch.optim.Optimizer:
     """Adam of the CVAE, without weight decay."""
     first, second = settings.generator_betas
-    return torch.optim.Adam(list(parameters), lr=settings.generator_lr, betas=(first, second))
+    return torch.optim.Adam(list(parameters), settings.generator_lr, (first, second), fused=True)
 
 
 def rate_factor(settings: OptimSettings, epochs_done: float) -> float:
