@@ -281,6 +281,10 @@ class PartReader:
             self.close()
             raise damaged_part(path, str(error)) from None
 
+    def offsets(self) -> list[NDArray[np.int64]]:
+        """Of each stream of JPEGs, where its images begin and where the last one ends: (T + 1,)."""
+        return [ends for _, ends in self._streams]
+
     def frames(self, start: int, count: int) -> list[Bytes] | Bytes:
         """Frames [start, start + count): (count, H, W, C), or JPEGs in one read per stream.
 
@@ -319,11 +323,15 @@ class PartReader:
             os.close(self._descriptor)
 
 
+class OtherSchema(OSError):
+    """A whole file that another version of gkd wrote."""
+
+
 def read_attributes(path: Path, schema: int = SCHEMA) -> dict[str, Any]:
     """The attributes of a part, or of another file of the store and its schema.
 
     Raises:
-        OSError: it is not a whole part of this schema.
+        OSError: it is damaged, or (`OtherSchema`) of another version.
     """
     try:
         with h5py.File(path, "r", locking=False) as file:
@@ -331,7 +339,7 @@ def read_attributes(path: Path, schema: int = SCHEMA) -> dict[str, Any]:
     except RuntimeError as error:  # h5py's other way to say that a file is damaged
         raise OSError(str(error)) from None
     if attributes.get("schema") != schema:
-        raise OSError(f"schema {attributes.get('schema')}, not {schema}")
+        raise OtherSchema(f"schema {attributes.get('schema')}, not {schema}")
     return attributes
 
 
