@@ -1,4 +1,4 @@
-"""What a store should be and what it is: each way in which they differ is a finding (`gkd prepare --audit`)."""
+"""What a store should be and what it is: every difference is a finding of `gkd prepare --audit`."""
 
 from __future__ import annotations
 
@@ -84,7 +84,9 @@ class Finding(NamedTuple):
     hint: str
 
 
-def finding(kind: str, what: str, modality: str = "", key: Key | None = None, path: Path | str = "") -> Finding:
+def finding(
+    kind: str, what: str, modality: str = "", key: Key | None = None, path: Path | str = ""
+) -> Finding:
     """With the level and the hint of its kind."""
     level, hint = KINDS[kind]
     return Finding(kind, level, modality, "/".join(key) if key else "", str(path), what, hint)
@@ -126,7 +128,8 @@ class Stream:
                 continue  # a name that no store takes: the table of rejects has it
             if part.is_file():
                 source = sources.get(key)
-                found.append((key, Look(self.modality, part, source and source.file(self.modality))))
+                file = source.file(self.modality) if source else None
+                found.append((key, Look(self.modality, part, file)))
         return found
 
 
@@ -183,22 +186,33 @@ def part_findings(stream: Stream) -> Iterator[Finding]:
     """What the parts themselves have shown, and where the index says something else."""
     rows = stream.rows
     for key, seen in stream.seen.items():
-        found = {"other_schema": seen.other_schema, "damaged_part": seen.damage, "source_changed": seen.change}
+        found = {
+            "other_schema": seen.other_schema,
+            "damaged_part": seen.damage,
+            "source_changed": seen.change,
+        }
         for kind, what in found.items():
             if what:
                 yield finding(kind, what, stream.modality, key, stream.part(key))
         if key in rows and not seen.damage and not seen.other_schema:
             row, part = rows[key], seen.attributes
             names = {"frames": "frame_count", "digest": "source_digest"}
-            there = {name: part[names.get(name, name)] for name in ("frames", "fps", "width", "height", "digest")}
+            there = {
+                name: part[names.get(name, name)] for name in ("frames", "fps", "width", "height", "digest")
+            }
             unlike = [
-                f"{name} {getattr(row, name)}, in the part {value}"
+                f"{name} {_short(getattr(row, name))}, in the part {_short(value)}"
                 for name, value in there.items()
                 if getattr(row, name) != value
             ]
             if unlike:
                 what = f"the index says {'; '.join(unlike)}"
                 yield finding("index_stale", what, stream.modality, key, stream.part(key))
+
+
+def _short(value: Any) -> str:
+    """A number, or the beginning of a digest."""
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 15 else str(value)
 
 
 class Presence:
@@ -332,7 +346,9 @@ def label_findings(stream: Stream, listing: Listing) -> Iterator[Finding]:
             what = f"its group is `{row.group}` in the index, `{source.group}` now"
             yield finding("index_stale", what, stream.modality, key, stream.part(key))
         if listing.ground_truth is not None and part.attributes and not part.damage:
-            stored = [(*action[:2], store.classes[action.label], *action[3:]) for action in store.segments[place]]
+            stored = [
+                (*action[:2], store.classes[action.label], *action[3:]) for action in store.segments[place]
+            ]
             wanted = [
                 (*action[:2], listing.classes[action.label], *action[3:])
                 for action in placed(source, part.attributes, labels)

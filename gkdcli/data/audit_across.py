@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from gkdcli.data.audit import Finding, Key, Stream, finding
+from gkdcli.data.audit import Finding, Key, Stream, by_key, finding
 from gkdcli.data.misfits import misfits
 from gkdcli.data.sources import SUBSETS, Listing, Problem
+from gkdcli.files import digest, stamp
 from gkdcli.settings import DataSettings
 
 # problems are told in words; those that are known by their words have a kind of their own
@@ -21,44 +23,65 @@ _PROBLEMS = (
 )
 
 
-def duplicates(streams: Sequence[Stream], untrimmed: bool) -> Iterator[Finding]:
+def duplicates(streams: Sequence[Stream], listing: Listing | None, untrimmed: bool) -> Iterator[Finding]:
     """Videos of one content, by the digest of their files; said once for both streams.
 
     Args:
         streams: the stores.
+        listing: adds videos that are not stored yet; only where one of their size is stored they are read.
         untrimmed: videos have no class of their own.
     """
     said: set[tuple[Key, ...]] = set()
     for stream in streams:
-        if stream.store is None:
-            continue
-        same: dict[str, list[int]] = defaultdict(list)
-        for place, row in enumerate(stream.store.videos):
-            same[row.digest].append(place)
-        keys = list(stream.rows)
-        for places in same.values():
-            group = tuple(keys[place] for place in places)
-            if len(places) == 1 or group in said:
+        members = _members(stream, listing)
+        for group in _same(stream, listing):
+            if group in said:
                 continue
             said.add(group)
             others = ", ".join("/".join(key) for key in group[1:])
+            numbers = sorted({number for key in group for number in members[key]})
             leaks = [
-                number
-                for number in sorted({number for number, _ in stream.store.splits})
-                if all(set(places) & set(stream.store.split(number, subset)) for subset in SUBSETS)
+                number for number in numbers if {members[key].get(number) for key in group} >= set(SUBSETS)
             ]
             classes = sorted({key[0] for key in group})
             what = f"it has the same content as {others}"
             path = stream.part(group[0])
             if leaks:
-                numbers = ", ".join(map(str, leaks))
-                told = f"{what}, and split {numbers} trains on one and tests another"
+                told = f"{what}, and split {', '.join(map(str, leaks))} trains on one and tests another"
                 yield finding("duplicate_across_subsets", told, stream.modality, group[0], path)
             if len(classes) > 1 and not untrimmed:
                 told = f"{what}, and they are of {' and '.join(f'`{name}`' for name in classes)}"
                 yield finding("duplicate_across_classes", told, stream.modality, group[0], path)
             elif not leaks:
                 yield finding("duplicate", what, stream.modality, group[0], path)
+
+
+def _same(stream: Stream, listing: Listing | None) -> Iterator[tuple[Key, ...]]:
+    """Groups of videos of one content."""
+    rows, sources = stream.rows, by_key(listing)
+    by_digest: dict[str, list[Key]] = defaultdict(list)
+    for key, row in rows.items():
+        if listing is None or key in sources:
+            by_digest[row.digest].append(key)
+    sizes = {seen.attributes.get("source_size") for seen in stream.seen.values()}
+    for key, source in sources.items():
+        file = source.file(stream.modality)
+        with contextlib.suppress(OSError):  # what cannot be read is found elsewhere
+            if key not in rows and stamp(file)[0] in sizes:
+                by_digest[digest(file)].append(key)
+    yield from (tuple(sorted(keys)) for keys in by_digest.values() if len(keys) > 1)
+
+
+def _members(stream: Stream, listing: Listing | None) -> dict[Key, dict[int, str]]:
+    """The subset of each video by split: as the index has it, else as it is listed."""
+    members: dict[Key, dict[int, str]] = {key: dict(source.splits) for key, source in by_key(listing).items()}
+    if stream.store is not None:
+        keys = list(stream.rows)
+        members |= {key: {} for key in keys}
+        for (number, subset), places in stream.store.splits.items():
+            for place in places:
+                members[keys[place]][number] = subset
+    return members
 
 
 def stream_findings(rgb: Stream, flow: Stream) -> Iterator[Finding]:
@@ -78,13 +101,10 @@ def stream_findings(rgb: Stream, flow: Stream) -> Iterator[Finding]:
             what = f"rgb has {lengths[0]} frames, flow {lengths[1]}"
             yield finding("length_mismatch", what, "flow", key, flow.part(key))
         made = [stream.seen[key].attributes for stream in (rgb, flow) if key in stream.seen]
-        if len(made) == 2 and all("source" in part for part in made):
-            if (
-                made[0]["source"] == made[1]["source"]
-                and made[0]["source_digest"] != made[1]["source_digest"]
-            ):
-                what = f"they were made of two versions of {made[0]['source']}"
-                yield finding("streams_differ", what, "flow", key, flow.part(key))
+        names, digests = ({part.get(name) for part in made} for name in ("source", "source_digest"))
+        if len(made) == 2 and len(names) == 1 and len(digests) == 2:
+            what = f"they were made of two versions of {names.pop()}"
+            yield finding("streams_differ", what, "flow", key, flow.part(key))
 
 
 def _frames(stream: Stream, key: Key) -> int:
@@ -109,9 +129,7 @@ def annotation_findings(stream: Stream, listing: Listing, data: DataSettings) ->
         for key, seen in stream.seen.items()
         if seen.attributes and not seen.damage
     }
-    good = [
-        source for source in listing.sources if _part(stream, (source.class_name, source.name)) in whole
-    ]
+    good = [source for source in listing.sources if _part(stream, (source.class_name, source.name)) in whole]
     folders = {source.name: source.class_name for source in listing.sources}
     for problem in [*listing.problems, *misfits(good, stream.index.with_suffix(""), data, whole)]:
         kind = next((kind for words, kind in _PROBLEMS if words.search(problem.reason)), "annotation_problem")
@@ -132,7 +150,9 @@ def _place(problem: Problem) -> str:
     return f"line {problem.line}" if problem.line else ""
 
 
-def count(streams: Sequence[Stream], listing: Listing | None) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+def count(
+    streams: Sequence[Stream], listing: Listing | None
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """How much is listed and how much is stored: videos by split and subset, and the same by class.
 
     Of untrimmed videos actions are counted by class. `listed` are those that can be used; None where nothing

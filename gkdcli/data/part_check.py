@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,16 +13,16 @@ from typing import Any
 import numpy as np
 
 from gkdcli.data.images import jpeg_size
-from gkdcli.data.parts import STREAMS, Bytes, OtherSchema, PartReader, read_attributes
+from gkdcli.data.parts import STREAMS, Bytes, OtherSchema, PartReader, read_attributes, sum_of
 from gkdcli.data.video import BadVideo, require_decodable
 from gkdcli.errors import GkdError
 from gkdcli.files import digest, stamp
 
 _BLOCK = 16  # frames
 _ATTRIBUTES = {
-    "source", "source_size", "source_mtime_ns", "source_digest", "source_fps", "source_frames", "source_width",
-    "source_height", "storage", "settings", "version", "codec", "rotation", "damaged_frames", "sampling",
-    "scaling", "fps", "width", "height", "frame_count",
+    "source", "source_size", "source_mtime_ns", "source_digest", "source_fps", "source_frames",
+    "source_width", "source_height", "storage", "settings", "version", "codec", "rotation",
+    "damaged_frames", "sampling", "scaling", "fps", "width", "height", "frame_count",
 }  # fmt: skip
 _OF_FLOW = {"flow_method", "flow_bound", "flow_parameters"}
 
@@ -61,10 +62,10 @@ class Seen:
 def check(look: Look) -> Seen:
     """Reads all of a part: head line, offsets, attributes, each image; and compares it with its source.
 
-    Each JPEG has to begin and end as one and to say the size that the attributes say, and is decoded at an
-    eighth of that size, which takes its whole code through the decoder. What still makes a good picture of
-    another content is not noticed: a part has no sums of its images. Of a source whose size and time of
-    change are those of the part nothing more is read.
+    Each JPEG has to begin and end as one and to say the size that the attributes say, and all of them have
+    to have the SHA-256 that was kept when they were written. Where none was kept, each is decoded, at an
+    eighth of its size, which takes its whole code through the decoder: what still makes a picture then is
+    not noticed. Of a source whose size and time of change are those of the part nothing more is read.
     """
     try:
         attributes = read_attributes(look.part)
@@ -83,7 +84,7 @@ def _damage(look: Look, attributes: Mapping[str, Any]) -> str:
         reader = PartReader(look.part, attributes["frame_count"], attributes["source_digest"])
     except GkdError as error:
         return _reason(error, look.part)
-    with closing(reader):
+    with contextlib.closing(reader):
         try:
             if attributes["storage"] == "raw":
                 return _raw_damage(reader, attributes, 2 if look.modality == "flow" else 3)
@@ -101,12 +102,22 @@ def _reason(error: GkdError, part: Path) -> str:
 
 def _raw_damage(reader: PartReader, attributes: Mapping[str, Any], channels: int) -> str:
     frames = int(attributes["frame_count"])
+    found = hashlib.sha256()
     for start in range(0, frames, _BLOCK):
         count = min(_BLOCK, frames - start)
         block: Any = reader.frames(start, count)
         wanted = (count, attributes["height"], attributes["width"], channels)
         if not isinstance(block, np.ndarray) or block.shape != wanted or block.dtype != np.uint8:
-            return f"its frames from {start} on are not {count} of {wanted[2]}x{wanted[1]} px in {channels} bytes"
+            return f"its frames from {start} on are not {wanted[2]}x{wanted[1]} px of {channels} bytes"
+        found.update(np.ascontiguousarray(block).data)
+    return _changed({"frames": found}, attributes)
+
+
+def _changed(found: Mapping[str, Any], attributes: Mapping[str, Any]) -> str:
+    """Whether streams have the sums that were kept."""
+    for name, summed in found.items():
+        if attributes.get(sum_of(name), summed.hexdigest()) != summed.hexdigest():
+            return f"its {name} are not the bytes that were written"
     return ""
 
 
@@ -120,28 +131,33 @@ def _jpeg_damage(reader: PartReader, attributes: Mapping[str, Any], streams: tup
         if len(backwards):
             return f"its offsets are wrong: image {backwards[0]} of {name} ends before it begins"
     wrong: list[str] = []
-    with _complaints() as complaints:
+    sums = {name: hashlib.sha256() for name in streams}
+    summed = all(sum_of(name) in attributes for name in streams)
+    with contextlib.nullcontext() if summed else _complaints() as complaints:
         for start in range(0, frames, _BLOCK):
             count = min(_BLOCK, frames - start)
             for place, jpeg in enumerate(reader.frames(start, count)):
-                name = f"image {start + place % count} of {streams[place // count]}"
+                name = f"image {start + place % count}"
+                name += f" of {streams[place // count]}" if len(streams) > 1 else ""
+                sums[streams[place // count]].update(jpeg)
                 if found := _wrong(jpeg, name, attributes, complaints):
                     wrong.append(found)
     more = f" (and {len(wrong) - 1} other images)" if len(wrong) > 1 else ""
-    return f"{wrong[0]}{more}" if wrong else ""
+    return f"{wrong[0]}{more}" if wrong else _changed(sums, attributes)
 
 
-def _wrong(jpeg: Bytes, name: str, attributes: Mapping[str, Any], complaints: Complaints) -> str:
-    """What is wrong with an image."""
+def _wrong(jpeg: Bytes, name: str, attributes: Mapping[str, Any], complaints: Complaints | None) -> str:
+    """What is wrong with an image; without `complaints` it is not decoded."""
     try:
         data = jpeg.tobytes()
         width, height, _ = jpeg_size(data, name)
         if (width, height) != (attributes["width"], attributes["height"]):
             return f"{name} is {width}x{height}, not {attributes['width']}x{attributes['height']}"
-        require_decodable(data)
+        if complaints is not None:
+            require_decodable(data)
     except BadVideo as error:
         return str(error) if name in str(error) else f"{name} cannot be decoded"
-    said = complaints.heard()
+    said = complaints.heard() if complaints is not None else ""
     return f"{name}: {said}" if said else ""
 
 
@@ -160,7 +176,7 @@ class Complaints:
         return lines[0].strip()
 
 
-@contextmanager
+@contextlib.contextmanager
 def _complaints() -> Iterator[Complaints]:
     """Listens to stderr: there alone libjpeg says what is wrong with an image that it fills up with grey."""
     stderr = os.dup(2)
