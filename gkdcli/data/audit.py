@@ -185,6 +185,9 @@ def settings_findings(stream: Stream, wanted: Mapping[str, Any]) -> Iterator[Fin
 def part_findings(stream: Stream) -> Iterator[Finding]:
     """What the parts themselves have shown, and where the index says something else."""
     rows = stream.rows
+    for key in rows.keys() - stream.seen.keys():
+        what = "the index has it, its part is not there"
+        yield finding("part_missing", what, stream.modality, key, stream.part(key))
     for key, seen in stream.seen.items():
         found = {
             "other_schema": seen.other_schema,
@@ -233,10 +236,6 @@ class Presence:
         new = {key: source for key, source in self.sources.items() if key not in rows}
         moved = self._moved(stream, gone, new)
         reasons = _reasons(stream.index.with_suffix(".rejected.tsv"))
-        for key in rows:
-            if key not in stream.seen:
-                what = "the index has it, its part is not there"
-                yield finding("part_missing", what, modality, key, stream.part(key))
         for key in gone:
             yield self._gone(stream, key, moved.get(key))
         for key, source in new.items():
