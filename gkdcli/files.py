@@ -87,10 +87,15 @@ def write_json(path: Path, document: object) -> None:
     write_text(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
+def temporaries(folder: Path) -> list[Path]:
+    """Temporary files below `folder`: of a run at work, or left by a killed one."""
+    found = folder.rglob(".*.tmp") if folder.is_dir() else ()
+    return sorted(path for path in found if re.fullmatch(r"\..+\.\d+\.tmp", path.name))
+
+
 def sweep_temporaries(folder: Path) -> int:
     """Removes temporary files below `folder` that a killed run left; returns how many."""
-    found = folder.rglob(".*.tmp") if folder.is_dir() else ()
-    stale = [path for path in found if re.fullmatch(r"\..+\.\d+\.tmp", path.name)]
+    stale = temporaries(folder)
     for path in stale:
         path.unlink(missing_ok=True)
     return len(stale)
@@ -107,11 +112,7 @@ def locked(path: Path, purpose: str) -> Iterator[None]:
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         if not _take(handle):
-            raise GkdError(
-                f"another command is using {purpose}",
-                f"{path}, held by {_holder(path)}",
-                "wait for it, or stop it, and run the same command again",
-            )
+            raise _held(path, purpose)
         holder = {
             "pid": os.getpid(),
             "host": socket.gethostname(),
@@ -125,11 +126,40 @@ def locked(path: Path, purpose: str) -> Iterator[None]:
         os.close(handle)
 
 
-def _take(handle: int) -> bool:
+@contextlib.contextmanager
+def kept_as_is(path: Path, purpose: str) -> Iterator[None]:
+    """Keeps `locked` from being taken for as long as the block runs, and writes nothing; readers share it.
+
+    Where there is no lock file, or it cannot be opened or locked, the block runs all the same.
+
+    Raises:
+        GkdError: another process holds the lock; the message names that process.
+    """
+    handle = -1
+    try:
+        with contextlib.suppress(OSError):
+            handle = os.open(path, os.O_RDONLY)
+        if handle >= 0 and not _take(handle, fcntl.LOCK_SH):
+            raise _held(path, purpose)
+        yield
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+def _held(path: Path, purpose: str) -> GkdError:
+    return GkdError(
+        f"another command is using {purpose}",
+        f"{path}, held by {_holder(path)}",
+        "wait for it, or stop it, and run the same command again",
+    )
+
+
+def _take(handle: int, how: int = fcntl.LOCK_EX) -> bool:
     """Locks the file; `is_locked` of another process may hold it for a moment."""
     for _ in range(25):
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, how | fcntl.LOCK_NB)
         except BlockingIOError:
             time.sleep(0.02)
         else:
@@ -155,9 +185,21 @@ def is_locked(path: Path) -> bool:
 def _holder(path: Path) -> str:
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
+        if held["host"] == socket.gethostname() and not _lives(int(held["pid"])):
+            return "a process that only reads"  # it does not write its name
         return f"process {held['pid']} on {held['host']} since {held['since']}: {held['command']}"
     except (OSError, ValueError, KeyError, TypeError):
         return "a process that has not said its name"
+
+
+def _lives(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's
+        pass
+    return True
 
 
 def free_bytes(folder: Path) -> int:

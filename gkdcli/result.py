@@ -19,6 +19,7 @@ class Result:
         code: the exit code.
         error: why `code` is not 0 although there is a result (exit codes 1 and 4).
         next: the next sensible command, or a short fact to end with.
+        shown: what the table shows, where that is less than the payload, or told in lines.
     """
 
     payload: dict[str, Any]
@@ -26,6 +27,7 @@ class Result:
     code: ExitCode = ExitCode.DONE
     error: GkdError | None = None
     next: str = ""
+    shown: dict[str, Any] | None = None
 
 
 def jsonable(value: Any) -> Any:

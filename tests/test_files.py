@@ -23,6 +23,7 @@ from gkdcli.files import (
     free_bytes,
     human_bytes,
     is_locked,
+    kept_as_is,
     locked,
     sweep_temporaries,
     write_json,
@@ -264,3 +265,28 @@ def test_what_a_killed_process_left_of_a_folder_is_swept(tmp_path: Path) -> None
     with atomic_folder(tmp_path / "entry"):
         pass
     assert list((tmp_path / "entry").iterdir()) == []
+
+
+def test_readers_share_what_a_writer_may_not_take_and_write_nothing(
+    holder: tuple[Path, subprocess.Popen[str]], tmp_path: Path
+) -> None:
+    path, process = holder
+    with (
+        pytest.raises(GkdError, match="another command is using the store") as refused,
+        kept_as_is(path, "the store"),
+    ):
+        pass
+    assert f"held by process {process.pid} " in refused.value.where
+    process.kill()
+    process.wait()
+    before = path.read_bytes(), path.stat().st_mtime_ns
+    with kept_as_is(path, "the store"), kept_as_is(path, "the store"):
+        with pytest.raises(GkdError) as refused, locked(path, "the store"):
+            pass
+        # the name in the file is that of the writer before
+        assert refused.value.where == f"{path}, held by a process that only reads"
+        assert (path.read_bytes(), path.stat().st_mtime_ns) == before
+    with locked(path, "the store"):
+        pass
+    with kept_as_is(tmp_path / "none" / ".lock", "the store"):
+        assert not (tmp_path / "none").exists()

@@ -60,7 +60,7 @@ def finish(command: str, result: Result, as_json: bool, console: Console) -> Non
     if as_json:
         emit_json(command, run=result.run, result=result.payload, error=result.error)
     else:
-        render_result(command, result.payload)
+        render_result(command, result.payload if result.shown is None else result.shown)
     if result.error is not None:
         console.error(result.error)
     elif result.next:

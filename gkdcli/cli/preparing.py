@@ -74,6 +74,23 @@ def prepare(
             "--retry", help="Try rejected videos again even if unchanged.", rich_help_panel=RUN_PANEL
         ),
     ] = False,
+    audit: Annotated[
+        bool,
+        typer.Option(
+            "--audit",
+            help="Check the finished store against videos and annotations; change nothing.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = False,
+    flow_sample: Annotated[
+        int,
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="--audit: compare N stored flows, drawn by --seed, with TV-L1; 0: none.",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = 0,
 ) -> None:
     """Decodes videos into a store of frames, of optical flow, or both (HDF5)."""
     if preset_option is not None and preset is not None and videos is None:
@@ -91,6 +108,17 @@ def prepare(
             f"--flow {flow.value}",
             "add `--modality both` or `--modality flow`",
         )
+    if audit:
+        refused = {"--retry": retry, "--dry-run": shared.dry_run, "--flow": flow is not None}
+        if given_too := [flag for flag, is_given in refused.items() if is_given]:
+            what = f"{given_too[0]} has no part in an audit, which changes nothing"
+            raise usage_error(what, f"--audit {' '.join(given_too)}", "leave it out, or --audit")
+    if flow_sample and not audit:
+        what = "--flow-sample is a part of the audit"
+        raise usage_error(what, f"--flow-sample {flow_sample}", "add `--audit`")
+    if flow_sample and modality == PreparedModality.rgb:
+        what = "--flow-sample compares stored flow, but only rgb is audited"
+        raise usage_error(what, f"--flow-sample {flow_sample}", "add `--modality both` or `--modality flow`")
     flags = {
         "name": ("--name", name),
         "dataset": ("--name", name),
@@ -99,23 +127,24 @@ def prepare(
     modalities = MODALITIES if modality == PreparedModality.both else (modality.value,)
 
     def call(place: Place, *rest: Any) -> Result:
-        from gkdcli.pipeline.prepare import prepare
-
         *others, console = rest
         for other in others:
             if other.settings.data != place.settings.data:
                 what = "rgb and flow have different [data] settings, so one pass cannot make both"
                 raise usage_error(what, "--modality both", "prepare one after the other")
-        return prepare(
-            place,
-            console,
-            modalities=modalities,
-            videos=videos,
-            frames=from_frames,
-            arrays=from_npy,
-            annotations=annotations,
-            retry=retry,
-            dry_run=shared.dry_run,
-        )
+        inputs: dict[str, Any] = {
+            "modalities": modalities,
+            "videos": videos,
+            "frames": from_frames,
+            "arrays": from_npy,
+            "annotations": annotations,
+        }
+        if audit:
+            from gkdcli.pipeline.audit import audit as look_through
+
+            return look_through(place, console, flow_sample=flow_sample, **inputs)
+        from gkdcli.pipeline.prepare import prepare
+
+        return prepare(place, console, retry=retry, dry_run=shared.dry_run, **inputs)
 
     execute("prepare", shared, one_preset("prepare", preset, preset_option), flags, call, modalities)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -10,6 +11,7 @@ from gkdcli.console import first_rank
 from gkdcli.resolve import Resolved, to_toml
 
 _LONG = 500  # rows of a table
+_CONTROL = r"[\x00-\x1f\x7f]"  # a video's name cannot break the layout, or colour the terminal
 
 
 def render_config(command: str, resolved: Resolved, as_json: bool) -> None:
@@ -25,10 +27,10 @@ def render_config(command: str, resolved: Resolved, as_json: bool) -> None:
 
 
 def render_result(command: str, payload: dict[str, Any]) -> None:
-    """Prints a payload: scalars as a two-column list, lists of rows as tables."""
+    """Prints a payload: scalars in two columns, lists of rows as tables, tuples of lines below a title."""
     if not first_rank():
         return
-    scalars = {key: value for key, value in payload.items() if not isinstance(value, (dict, list))}
+    scalars = {key: value for key, value in payload.items() if not isinstance(value, (dict, list, tuple))}
     tables = {key: value for key, value in payload.items() if _is_rows(value)}
     nested = {key: value for key, value in payload.items() if isinstance(value, dict) and _is_flat(value)}
     _two_columns(scalars)
@@ -39,6 +41,14 @@ def render_result(command: str, payload: dict[str, Any]) -> None:
     for key, rows in tables.items():
         _heading(key)
         _table(rows)
+    for key, lines in payload.items():
+        if _is_lines(lines):
+            sys.stdout.write(f"\n{key}\n")
+            sys.stdout.writelines(f"  {re.sub(_CONTROL, ' ', line)}\n" for line in lines)
+
+
+def _is_lines(value: Any) -> bool:
+    return isinstance(value, tuple) and all(isinstance(line, str) for line in value)
 
 
 def _is_flat(value: dict[str, Any]) -> bool:

@@ -7,6 +7,7 @@ the file. A clip is read with that, in a quarter of the time that opening the fi
 from __future__ import annotations
 
 import errno
+import hashlib
 import itertools
 import json
 import os
@@ -76,6 +77,11 @@ def part_path(modality_folder: Path, class_name: str, name: str) -> Path:
     return modality_folder / escape(class_name) / f"{escape(name)}.h5"
 
 
+def sum_of(stream: str) -> str:
+    """The attribute with the SHA-256 of all images of a stream; older parts have none."""
+    return f"{stream}_sha256"
+
+
 STREAMS = {"rgb": ("frames",), "flow": ("flow_x", "flow_y")}  # of JPEGs, by modality
 
 
@@ -84,6 +90,7 @@ class _Stream:
 
     def __init__(self, folder: Path) -> None:
         self.offsets = [0]
+        self.sum = hashlib.sha256()
         self._folder = folder
         self._held: list[bytes] = []
         self._spilled = 0
@@ -91,6 +98,7 @@ class _Stream:
 
     def append(self, image: bytes) -> None:
         self._held.append(image)
+        self.sum.update(image)
         self.offsets.append(self.offsets[-1] + len(image))
         if self.offsets[-1] - self._spilled > _HELD_BYTES:
             self._spill()
@@ -124,7 +132,8 @@ class PartWriter:
     JPEG: `/frames` is all images back to back and contiguous in the file, `/offsets` says where each
     begins; flow is two such streams of grey images, `/flow_x` with `/flow_x_offsets` and `/flow_y`. The
     length is known only at the end, so images wait in memory, or beyond 16 MB in an unnamed file. Raw:
-    `/frames` (T, H, W, C), in chunks of whole frames.
+    `/frames` (T, H, W, C), in chunks of whole frames. An attribute
+    `<stream>_sha256` sums up what was written.
 
     Args:
         path: the part's final name.
@@ -147,6 +156,7 @@ class PartWriter:
             {name: _Stream(path.parent) for name in STREAMS[modality]} if storage == "jpeg" else {}
         )
         self._pending: list[Bytes] = []
+        self._sum = hashlib.sha256()  # of raw frames
         self._stack = ExitStack()
 
     def __enter__(self) -> PartWriter:
@@ -189,6 +199,8 @@ class PartWriter:
             else:
                 self._write_pending()
             streams = {name: self._write_stream(name, stream) for name, stream in self._streams.items()}
+            sums = {name: stream.sum for name, stream in self._streams.items()} or {"frames": self._sum}
+            self._attributes |= {sum_of(name): found.hexdigest() for name, found in sums.items()}
             self._file.attrs.update({**self._attributes, "frame_count": self.frames, "schema": SCHEMA})
             self._file.close()
             self._write_head(streams)
@@ -225,6 +237,7 @@ class PartWriter:
             return
         block = np.stack(self._pending)  # (T, H, W, C)
         self._pending.clear()
+        self._sum.update(block.data)
         if "frames" not in self._file:
             chunk = (_chunk_frames(block[0].nbytes), *block.shape[1:])
             self._file.create_dataset(
@@ -281,6 +294,10 @@ class PartReader:
             self.close()
             raise damaged_part(path, str(error)) from None
 
+    def offsets(self) -> list[NDArray[np.int64]]:
+        """Of each stream of JPEGs, where its images begin and where the last one ends: (T + 1,)."""
+        return [ends for _, ends in self._streams]
+
     def frames(self, start: int, count: int) -> list[Bytes] | Bytes:
         """Frames [start, start + count): (count, H, W, C), or JPEGs in one read per stream.
 
@@ -319,11 +336,15 @@ class PartReader:
             os.close(self._descriptor)
 
 
+class OtherSchema(OSError):
+    """A whole file that another version of gkd wrote."""
+
+
 def read_attributes(path: Path, schema: int = SCHEMA) -> dict[str, Any]:
     """The attributes of a part, or of another file of the store and its schema.
 
     Raises:
-        OSError: it is not a whole part of this schema.
+        OSError: it is damaged, or (`OtherSchema`) of another version.
     """
     try:
         with h5py.File(path, "r", locking=False) as file:
@@ -331,7 +352,7 @@ def read_attributes(path: Path, schema: int = SCHEMA) -> dict[str, Any]:
     except RuntimeError as error:  # h5py's other way to say that a file is damaged
         raise OSError(str(error)) from None
     if attributes.get("schema") != schema:
-        raise OSError(f"schema {attributes.get('schema')}, not {schema}")
+        raise OtherSchema(f"schema {attributes.get('schema')}, not {schema}")
     return attributes
 
 

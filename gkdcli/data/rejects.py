@@ -58,6 +58,13 @@ def read_rejects(path: Path) -> dict[str, Reject]:
     return known
 
 
+def read_reasons(path: Path) -> dict[str, str]:
+    """Why each video of the table was refused, by the `cell` of its path."""
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    lines = [line.split("\t") for line in text.split("\n")[1:]]
+    return {cells[0]: cells[1] for cells in lines if len(cells) == 4}
+
+
 def cell(text: str) -> str:
     """Text of one cell; bytes of file names that are no UTF-8 become readable ASCII."""
     text = text.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")

@@ -153,6 +153,11 @@ class Store:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_parts": OrderedDict(), "_pid": -1, "_inherited": []}
 
+    @property
+    def splits(self) -> Mapping[tuple[int, str], Sequence[int]]:
+        """Positions in `videos` by number of the split (from 1) and subset."""
+        return self._splits
+
     def split(self, number: int, subset: str) -> list[int]:
         """Positions in `videos` of one subset ("train" or "test") of a split (from 1).
 

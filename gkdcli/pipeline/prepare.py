@@ -59,7 +59,7 @@ def prepare(
         GkdError: no videos, a list that is wrong, settings unlike the store's, no space, a lock.
     """
     settings = place.settings
-    _check_input(place, frames, arrays)
+    check_input(place, frames, arrays)
     folder = arrays or frames or videos or place.videos
     workers = settings.data.workers or available_cores()
     if settings.data.source == "drawn":
@@ -67,10 +67,15 @@ def prepare(
             return Result(_drawing_plan(place, folder))
         if not dry_run:
             _draw(place, console, folder, workers)
-    if settings.task == "detection":
-        listing = _untrimmed(place, console, folder, annotations, modalities, arrays is not None)
-    else:
-        listing = _listing(place, console, folder, annotations, frames is not None)
+    listing = read_listing(
+        place,
+        console,
+        folder,
+        annotations=annotations,
+        modalities=modalities,
+        frames=frames is not None,
+        arrays=arrays is not None,
+    )
     if dry_run:
         return _plan(place, listing, folder, modalities)
     if not listing.sources:
@@ -103,6 +108,26 @@ def prepare(
     return _result(place, console, listing, report)
 
 
+def read_listing(
+    place: Place,
+    console: Console,
+    folder: Path,
+    *,
+    annotations: Path | None,
+    modalities: Sequence[str],
+    frames: bool,
+    arrays: bool,
+) -> Listing:
+    """The videos that belong to the data set; who says so is said. `frames`, `arrays`: what lies in `folder`.
+
+    Raises:
+        GkdError: see `prepare`.
+    """
+    if place.settings.task == "detection":
+        return _untrimmed(place, console, folder, annotations, modalities, arrays)
+    return _listing(place, console, folder, annotations, frames)
+
+
 def _listing(place: Place, console: Console, folder: Path, annotations: Path | None, frames: bool) -> Listing:
     data = place.settings.data
     if annotations is None and data.source == "listed":
@@ -122,7 +147,7 @@ def _listing(place: Place, console: Console, folder: Path, annotations: Path | N
     return read_list(annotations, folder, data.test_fraction, frames)
 
 
-def _check_input(place: Place, frames: Path | None, arrays: Path | None) -> None:
+def check_input(place: Place, frames: Path | None, arrays: Path | None) -> None:
     """Refuses what the task or the data set cannot be made of."""
     settings = place.settings
     drawn, detection = settings.data.source == "drawn", settings.task == "detection"

@@ -31,7 +31,10 @@ SHARED = {
 # every command takes it, as another way of writing its argument
 PRESET = {"--preset"}
 OWN = {
-    "prepare": {"--name", "--annotations", "--from-frames", "--from-npy", "--flow", "--retry"},
+    "prepare": {
+        "--name", "--annotations", "--from-frames", "--from-npy", "--flow", "--retry", "--audit",
+        "--flow-sample",
+    },
     "pretrain-attention": {
         "--backbone", "--init", "--resume", "--max-steps", "--epochs", "--batch-size", "--lr",
     },
