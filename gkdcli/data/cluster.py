@@ -106,6 +106,7 @@ class Cluster:
             if self._looks:
                 raise _misfit(next(iter(self._looks.values())), "does not answer")
             self._check_gpus(ray, jobs)
+            self._note(f"Ray: {len(self._alive)} node{'s' * (len(self._alive) != 1)}, {self._cpus} CPUs")
             yield self
 
     @property
@@ -227,6 +228,7 @@ class Cluster:
 
 def _ray() -> Any:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # who asks for no GPU sees none
     try:
         import ray
@@ -246,6 +248,9 @@ def _connect(ray: Any, stack: ExitStack, limit: int) -> None:
     address = "" if address == "local" else address
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if not address:
+        if "RAY_AUTH_MODE" not in os.environ:  # else Ray would keep a token in the user's home
+            os.environ["RAY_AUTH_MODE"] = "token"
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         temporary = _short_folder()
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         options |= {"address": "local", "num_cpus": limit or available_cores(), "include_dashboard": False}
@@ -258,7 +263,8 @@ def _connect(ray: Any, stack: ExitStack, limit: int) -> None:
             "the Ray cluster cannot be used" if address else "Ray cannot be started on this machine",
             f"{f'RAY_ADDRESS={address}' if address else 'a cluster of one node'}:"
             f" {' '.join(str(error).split())[:300]}",
-            "`ray status` says whether one is there; all nodes need the same Ray and the same Python",
+            "`ray status` says whether one is there; all nodes need the same Ray and Python, and where the"
+            " cluster asks for a token, RAY_AUTH_MODE=token and that token",
         ) from None
 
 

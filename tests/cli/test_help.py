@@ -23,6 +23,7 @@ HEAVY = {
     "matplotlib",
     "safetensors",
     "lightning_fabric",
+    "ray",
 }
 SHARED = {
     "--modality", "--split", "--root", "--config", "--set", "--seed", "--device", "--workers", "--json",
@@ -31,7 +32,7 @@ SHARED = {
 # every command takes it, as another way of writing its argument
 PRESET = {"--preset"}
 OWN = {
-    "prepare": {"--name", "--annotations", "--from-frames", "--from-npy", "--flow", "--retry"},
+    "prepare": {"--name", "--annotations", "--from-frames", "--from-npy", "--flow", "--retry", "--shard", "--executor"},
     "pretrain-attention": {
         "--backbone", "--init", "--resume", "--max-steps", "--epochs", "--batch-size", "--lr",
     },
