@@ -32,7 +32,10 @@ SHARED = {
 # every command takes it, as another way of writing its argument
 PRESET = {"--preset"}
 OWN = {
-    "prepare": {"--name", "--annotations", "--from-frames", "--from-npy", "--flow", "--retry", "--shard", "--executor"},
+    "prepare": {
+        "--name", "--annotations", "--from-frames", "--from-npy", "--flow", "--retry",
+        "--shard", "--executor",
+    },
     "pretrain-attention": {
         "--backbone", "--init", "--resume", "--max-steps", "--epochs", "--batch-size", "--lr",
     },

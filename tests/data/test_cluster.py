@@ -1,4 +1,4 @@
-"""data.cluster: real Ray nodes on this machine prepare a store; whatever happens to them, it comes out equal."""
+"""data.cluster: real Ray nodes prepare a store; whatever happens to them, it comes out equal."""
 
 from __future__ import annotations
 
