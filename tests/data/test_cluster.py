@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from gkdcli.data.cluster import Cluster, _absolute, _examiner
+from gkdcli.data.cluster import Cluster, _absolute, _Done, _examiner, _Task
 from gkdcli.data.jobs import Job, Result
 from gkdcli.data.sources import Source
 from gkdcli.data.workers import Crashed
@@ -99,6 +99,7 @@ def _wait_for_parts(store: Path, count: int, process: subprocess.Popen[str]) -> 
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_a_node_that_dies_in_the_middle_costs_nothing(
     tmp_path: Path, nodes: Nodes, local: tuple[Path, dict[str, Any]]
 ) -> None:
@@ -117,6 +118,7 @@ def test_a_node_that_dies_in_the_middle_costs_nothing(
     assert list(tmp_path.rglob(".*.tmp")) == []
 
 
+@pytest.mark.slow
 def test_flow_that_wants_a_gpu_is_refused_where_there_is_none(
     tmp_path: Path, nodes: Nodes, local: tuple[Path, dict[str, Any]]
 ) -> None:
@@ -129,6 +131,7 @@ def test_flow_that_wants_a_gpu_is_refused_where_there_is_none(
     assert list((tmp_path / "stores" / "mine").rglob("*.h5")) == []
 
 
+@pytest.mark.slow
 def test_a_node_with_another_gkd_is_refused_by_name(
     tmp_path: Path, nodes: Nodes, local: tuple[Path, dict[str, Any]]
 ) -> None:
@@ -196,7 +199,75 @@ def test_without_ray_one_is_told_what_to_install(
     assert "pip install 'gkdcli[cluster]'" in outcome.err
 
 
-# long ones
+# what becomes of tasks that fail, by Ray's own exceptions but without a cluster
+
+
+class Given:
+    """Stands for Ray: the answers of its tasks are given beforehand, an exception is raised."""
+
+    def __init__(self, answers: list[Any]) -> None:
+        import ray.exceptions
+
+        self.exceptions = ray.exceptions
+        self.answers = answers
+
+    def get(self, reference: Any) -> Any:
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+def _fate(monkeypatch: pytest.MonkeyPatch, answers: list[Any]) -> tuple[Any, Cluster]:
+    """What a job comes to whose tasks have these answers, one after the other; all are used up."""
+    cluster = Cluster(lambda text: None)
+    monkeypatch.setattr(cluster, "_submit", lambda task: cluster._tasks.update({len(answers): task}))
+    ray = Given(answers)
+    cluster._submit(_Task(Job(Source(Path("a.mp4"), "jump", "a", {}), {}, DataSettings(), 1)))
+    outcome = None
+    while cluster.busy:
+        outcome = cluster._outcome(ray, next(iter(cluster._tasks)))
+    assert answers == []
+    return outcome, cluster
+
+
+GOOD = _Done("0123456789", Result(frames=3))
+
+
+def test_a_video_whose_node_died_is_tried_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.exceptions import NodeDiedError
+
+    outcome, cluster = _fate(monkeypatch, [NodeDiedError("gone")] * 3 + [GOOD])
+    assert outcome == GOOD.outcome
+    assert cluster.videos == {"01234567": 1}
+
+
+def test_a_video_that_ends_node_after_node_is_given_up_and_tried_again_next_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    from ray.exceptions import NodeDiedError
+
+    outcome, _ = _fate(monkeypatch, [NodeDiedError("gone")] * 4)
+    assert (outcome.reason, outcome.again) == ("4 nodes died while they worked on it", True)
+
+
+def test_a_crash_is_tried_once_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ray.exceptions import OutOfMemoryError, WorkerCrashedError
+
+    crash = _Done("0123456789", Crashed(signal.SIGSEGV))
+    assert _fate(monkeypatch, [crash, GOOD])[0] == GOOD.outcome
+    assert _fate(monkeypatch, [crash, crash])[0] == Crashed(signal.SIGSEGV)
+    assert _fate(monkeypatch, [WorkerCrashedError(), GOOD])[0] == GOOD.outcome
+    killed = _fate(monkeypatch, [WorkerCrashedError(), OutOfMemoryError("too much")])[0]
+    assert killed.killed  # so its reject does not stand
+
+
+def test_what_a_node_complains_of_ends_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(GkdError, match="has gkd 99"):
+        _fate(monkeypatch, [_Done("0123456789", GkdError("a node of the cluster has gkd 99"))])
+
+
+# long ones: a node takes about four seconds to start, on a busy machine much longer
 
 
 @pytest.mark.slow

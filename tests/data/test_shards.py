@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import h5py
 import pytest
 
 from gkdcli.data.annotations import scan_folder
@@ -31,25 +32,21 @@ DATA = DataSettings(short_side=32)
 HERE = Path(__file__).parents[2]
 
 
-def _command(root: Path, *words: object) -> list[str]:
+def _words(root: Path, *words: object) -> list[str]:
     call = ("prepare", "folder", root / "videos", "--name", "mine", "--root", root, "--workers", 1, "--json")
-    sets = ("--set", "data.short_side=32")
-    return [sys.executable, "-m", "gkdcli", *map(str, (*call, *sets, *words))]
+    return [str(word) for word in (*call, "--set", "data.short_side=32", *words)]
 
 
 def _start(root: Path, *words: object) -> subprocess.Popen[str]:
     env = os.environ | {"PYTHONPATH": str(HERE)}
     pipe = subprocess.PIPE
-    return subprocess.Popen(_command(root, *words), env=env, stdout=pipe, stderr=pipe, text=True)
+    command = [sys.executable, "-m", "gkdcli", *_words(root, *words)]
+    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True)
 
 
 def _end(process: subprocess.Popen[str]) -> Outcome:
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=600)
     return Outcome(process.returncode, out, err)
-
-
-def _gkd(root: Path, *words: object) -> Outcome:
-    return _end(_start(root, *words))
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +55,7 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any
     root = tmp_path_factory.mktemp("alone")
     _videos(root / "videos", ("jump", "walk"), 4, frames=40)
     (root / "videos" / "walk" / "bad.mp4").write_bytes(b"no video" * 100)
-    outcome = _gkd(root)
+    outcome = _end(_start(root))
     assert outcome.code == ExitCode.REJECTS, outcome.err
     return root / "videos", _content(root / "stores" / "mine")
 
@@ -130,7 +127,9 @@ def test_a_changed_file_moves_few_videos(tmp_path: Path) -> None:
     assert len(moved) <= 4
 
 
-def test_three_at_once_and_a_merge_equal_one_run(root: Path, alone: tuple[Path, dict[str, Any]]) -> None:
+def test_three_at_once_and_a_merge_equal_one_run(
+    root: Path, alone: tuple[Path, dict[str, Any]], gkd: Callable[..., Outcome]
+) -> None:
     store = root / "stores" / "mine"
     runs = [_start(root, "--shard", f"{number}/3", "--retry") for number in (1, 2, 3)]
     outcomes = [_end(run) for run in runs]
@@ -141,14 +140,14 @@ def test_three_at_once_and_a_merge_equal_one_run(root: Path, alone: tuple[Path, 
     assert sum(result["prepared"] for result in results) == 8
     assert sum(result["rejected"] for result in results) == 1
     tables = list(store.glob("rgb.rejected*"))
-    assert [table.name for table in tables] == [f"rgb.rejected.{1 + codes_of(outcomes)}-of-3.tsv"]
+    assert [table.name for table in tables] == [f"rgb.rejected.{1 + which_rejects(outcomes)}-of-3.tsv"]
     with pytest.raises(GkdError, match="unfinished: 8 of 9"):
         Store.open(store / "rgb.h5")
     next_line = next(line for line in outcomes[0].err.splitlines() if line.startswith("next: "))
-    command = " ".join(_command(root)[3:])
+    command = " ".join(_words(root))
     assert f"`gkd {command}`" in next_line
     assert "all 3 shards have ended" in next_line
-    merged = _gkd(root)
+    merged = gkd(*_words(root))
     assert merged.code == ExitCode.REJECTS
     assert (merged.json["result"]["prepared"], merged.json["result"]["kept"]) == (0, 8)
     assert _content(store) == alone[1]
@@ -157,17 +156,19 @@ def test_three_at_once_and_a_merge_equal_one_run(root: Path, alone: tuple[Path, 
     assert list(store.glob(".lock.*")) == []
 
 
-def codes_of(outcomes: list[Outcome]) -> int:
+def which_rejects(outcomes: list[Outcome]) -> int:
     """Which of them had the reject."""
     return [outcome.code for outcome in outcomes].index(ExitCode.REJECTS)
 
 
-def test_each_shard_runs_once_and_no_whole_run_beside_them(root: Path) -> None:
+def test_each_shard_runs_once_and_no_whole_run_beside_them(root: Path, gkd: Callable[..., Outcome]) -> None:
     """The message names the process that is in the way."""
     store = root / "stores" / "mine"
     with store_locked(store, "mine", Shard(2, 3)), store_locked(store, "mine", Shard(3, 3)):
-        refused = {words: _gkd(root, *words) for words in [("--shard", "2/3"), (), ("--shard", "1/4")]}
-        fits = _gkd(root, "--shard", "1/3")
+        refused = {
+            words: gkd(*_words(root, *words)) for words in [("--shard", "2/3"), (), ("--shard", "1/4")]
+        }
+        fits = gkd(*_words(root, "--shard", "1/3"))
     for words, outcome in refused.items():
         assert outcome.code == ExitCode.FAILED, words
         assert f"process {os.getpid()} on " in outcome.err
@@ -175,13 +176,13 @@ def test_each_shard_runs_once_and_no_whole_run_beside_them(root: Path) -> None:
     assert "another number of shards" in refused["--shard", "1/4"].err
     assert fits.code in (0, ExitCode.REJECTS), fits.err
     with store_locked(store, "mine", None):
-        outcome = _gkd(root, "--shard", "1/3")
+        outcome = gkd(*_words(root, "--shard", "1/3"))
     assert outcome.code == ExitCode.FAILED
     assert f"{store / '.lock'}, held by process {os.getpid()} on " in outcome.err
 
 
 def test_a_killed_shard_is_repeated_in_another_number_and_others_work_is_left_alone(
-    root: Path, alone: tuple[Path, dict[str, Any]]
+    root: Path, alone: tuple[Path, dict[str, Any]], gkd: Callable[..., Outcome]
 ) -> None:
     """The temporaries of the shards that go on are not swept, those of its own are."""
     store = root / "stores" / "mine"
@@ -192,8 +193,7 @@ def test_a_killed_shard_is_repeated_in_another_number_and_others_work_is_left_al
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"half")
     with _start(root, "--shard", "1/2") as run:
-        deadline = time.monotonic() + 60
-        while not list(store.glob("rgb/*/*.h5")) and time.monotonic() < deadline:
+        while not list(store.glob("rgb/*/*.h5")) and run.poll() is None:
             time.sleep(0.01)
         run.send_signal(signal.SIGKILL)
     assert run.returncode == -signal.SIGKILL
@@ -202,17 +202,19 @@ def test_a_killed_shard_is_repeated_in_another_number_and_others_work_is_left_al
     time.sleep(0.3)  # its worker notices
     done = len(list(store.glob("rgb/*/*.h5")))
     assert 0 < done < 8
-    outcomes = [_gkd(root, "--shard", f"{number}/3") for number in (1, 2, 3)]
+    outcomes = [gkd(*_words(root, "--shard", f"{number}/3")) for number in (1, 2, 3)]
     assert sum(outcome.json["result"]["kept"] for outcome in outcomes) == done
     assert sum(outcome.json["result"]["prepared"] for outcome in outcomes) == 8 - done
-    assert _gkd(root).code == ExitCode.REJECTS
+    assert gkd(*_words(root)).code == ExitCode.REJECTS
     assert _content(store) == alone[1]
     assert list(store.rglob(".*.tmp")) == []
 
 
-def test_a_merge_makes_up_for_a_shard_that_never_ran(root: Path, alone: tuple[Path, dict[str, Any]]) -> None:
-    done = _gkd(root, "--shard", "1/2").json["result"]["prepared"]
-    merged = _gkd(root).json["result"]
+def test_a_merge_makes_up_for_a_shard_that_never_ran(
+    root: Path, alone: tuple[Path, dict[str, Any]], gkd: Callable[..., Outcome]
+) -> None:
+    done = gkd(*_words(root, "--shard", "1/2")).json["result"]["prepared"]
+    merged = gkd(*_words(root)).json["result"]
     assert (merged["kept"], merged["prepared"]) == (done, 8 - done)
     assert _content(root / "stores" / "mine") == alone[1]
 
@@ -260,13 +262,12 @@ def test_shards_with_other_settings_are_refused(root: Path) -> None:
     assert "written under other settings: data.jpeg_quality" in failed[0].err
     qualities = set()
     for part in (root / "stores" / "mine").glob("rgb/*/*.h5"):
-        import h5py
-
         with h5py.File(part) as file:
             qualities.add(json.loads(file.attrs["settings"])["jpeg_quality"])
     assert len(qualities) == 1
 
 
+@pytest.mark.slow
 def test_shards_draw_a_drawn_set_once(tmp_path: Path) -> None:
     """The first draws, the other waits for it."""
     words = ["prepare", "demo-tiny", "--root", str(tmp_path), "--workers", "1", "--json"]
@@ -286,8 +287,8 @@ def test_shards_draw_a_drawn_set_once(tmp_path: Path) -> None:
     assert len(list((tmp_path / "datasets").rglob("*.mp4"))) == 36
 
 
-def test_a_dry_run_of_a_shard_plans_its_share(root: Path) -> None:
-    plans = [_gkd(root, "--shard", f"{number}/2", "--dry-run").json["result"] for number in (1, 2)]
+def test_a_dry_run_of_a_shard_plans_its_share(root: Path, gkd: Callable[..., Outcome]) -> None:
+    plans = [gkd(*_words(root, "--shard", f"{number}/2", "--dry-run")).json["result"] for number in (1, 2)]
     assert sum(plan["usable"] for plan in plans) == 9
     assert all(plan["usable"] for plan in plans)
     assert not (root / "stores").exists()
