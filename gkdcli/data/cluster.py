@@ -85,9 +85,8 @@ class Cluster:
         """
         ray = _ray()
         with ExitStack() as stack:
-            stack.enter_context(
-                redirect_stdout(stack.enter_context(open(os.devnull, "w")))
-            )  # Ray's own words
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(redirect_stdout(nowhere))  # Ray prints there what it thinks of dead nodes
             with _kept_handler():
                 _connect(ray, stack, limit)
             self._function, self._limit, self._gpu_share = function, limit, jobs[0].data.gpu_share
@@ -104,7 +103,7 @@ class Cluster:
             self._look()
             self._hear(list(self._looks), _ANSWER_SEC)
             if self._looks:
-                raise _misfit(next(iter(self._looks.values())), "does not answer")
+                raise _misfit(self._names[next(iter(self._looks.values()))], "does not answer")
             self._check_gpus(ray, jobs)
             self._note(f"Ray: {len(self._alive)} node{'s' * (len(self._alive) != 1)}, {self._cpus} CPUs")
             yield self
