@@ -33,7 +33,7 @@ PACKAGES = (
     "rich",
     "matplotlib",
 )
-OPTIONAL = ("onnx", "onnxscript", "onnxruntime")
+OPTIONAL = ("onnx", "onnxscript", "onnxruntime", "ray")
 
 
 def examine() -> Result:

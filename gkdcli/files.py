@@ -9,26 +9,31 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 
 from gkdcli.errors import GkdError
+
+_PATIENCE_SEC = 0.5  # `is_locked` of another process may hold a lock for a moment
 
 
 @contextlib.contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yields a temporary path in the same folder; on success it is fsynced and renamed to `path`.
 
-    A failure leaves nothing behind. Names look like `.NAME.PID.tmp`, so that a later run can sweep
-    what a kill -9 left (see `sweep_temporaries`). The file gets the permissions that the umask asks for,
-    whatever the library that writes it does.
+    A failure leaves nothing behind. Names look like `.NAME.NUMBER.tmp`, so that a later run can sweep
+    what a kill -9 left (see `sweep_temporaries`); no two writers have one number, on whatever machine of a
+    shared folder they run. The file gets the permissions that the umask asks for, whatever the library that
+    writes it does.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.tmp"
+    # containers on many machines share their few process ids
+    temporary = path.parent / f".{path.name}.{os.getpid()}{secrets.randbelow(10**9):09}.tmp"
     try:
         temporary.touch()
         mode = temporary.stat().st_mode & 0o777
@@ -87,23 +92,44 @@ def write_json(path: Path, document: object) -> None:
     write_text(path, json.dumps(document, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def temporaries(folder: Path) -> list[Path]:
-    """Temporary files below `folder`: of a run at work, or left by a killed one."""
+def temporaries(folder: Path, of: Container[Path] | None = None) -> list[Path]:
+    """Temporary files below `folder`: of a run at work, or left by a killed one.
+
+    Args:
+        folder: is searched.
+        of: only what was to become one of these files.
+    """
     found = folder.rglob(".*.tmp") if folder.is_dir() else ()
-    return sorted(path for path in found if re.fullmatch(r"\..+\.\d+\.tmp", path.name))
+    named = {path: re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name) for path in found}
+    return sorted(
+        path for path, name in named.items() if name and (of is None or path.with_name(name[1]) in of)
+    )
 
 
-def sweep_temporaries(folder: Path) -> int:
-    """Removes temporary files below `folder` that a killed run left; returns how many."""
-    stale = temporaries(folder)
+def sweep_temporaries(folder: Path, of: Container[Path] | None = None) -> int:
+    """Removes temporary files that a killed run left, those of files in `of` alone where others are at work.
+
+    Returns:
+        How many.
+    """
+    stale = temporaries(folder, of)
     for path in stale:
         path.unlink(missing_ok=True)
     return len(stale)
 
 
 @contextlib.contextmanager
-def locked(path: Path, purpose: str) -> Iterator[None]:
-    """Holds an exclusive lock for as long as the block runs; the kernel drops it if the process dies.
+def locked(
+    path: Path, purpose: str, *, shared: bool = False, patience_sec: float = _PATIENCE_SEC
+) -> Iterator[None]:
+    """Holds a lock for as long as the block runs; the kernel drops it if the process dies.
+
+    Args:
+        path: the lock file; flock works on a folder that several machines share, too.
+        purpose: what it protects, for the message.
+        shared: others may share it. Each of them also holds a lock `<path>.<name>` of its own, which says who
+            it is.
+        patience_sec: how long to wait for it.
 
     Raises:
         GkdError: another process holds it; the message names that process.
@@ -111,7 +137,7 @@ def locked(path: Path, purpose: str) -> Iterator[None]:
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        if not _take(handle):
+        if not _take(handle, shared, patience_sec):
             raise _held(path, purpose)
         holder = {
             "pid": os.getpid(),
@@ -119,8 +145,9 @@ def locked(path: Path, purpose: str) -> Iterator[None]:
             "since": time.strftime("%Y-%m-%d %H:%M:%S"),
             "command": " ".join(sys.argv)[:300],
         }
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, json.dumps(holder).encode(), 0)
+        if not shared:
+            os.ftruncate(handle, 0)
+            os.pwrite(handle, json.dumps(holder).encode(), 0)
         yield
     finally:
         os.close(handle)
@@ -139,7 +166,8 @@ def kept_as_is(path: Path, purpose: str) -> Iterator[None]:
     try:
         with contextlib.suppress(OSError):
             handle = os.open(path, os.O_RDONLY)
-        if handle >= 0 and not _take(handle, fcntl.LOCK_SH):
+        shared = any(map(is_locked, path.parent.glob(f"{path.name}.*")))  # by writers, see `locked`
+        if shared or (handle >= 0 and not _take(handle, shared=True)):
             raise _held(path, purpose)
         yield
     finally:
@@ -150,21 +178,23 @@ def kept_as_is(path: Path, purpose: str) -> Iterator[None]:
 def _held(path: Path, purpose: str) -> GkdError:
     return GkdError(
         f"another command is using {purpose}",
-        f"{path}, held by {_holder(path)}",
+        f"{path}, held by {lock_holder(path)}",
         "wait for it, or stop it, and run the same command again",
     )
 
 
-def _take(handle: int, how: int = fcntl.LOCK_EX) -> bool:
-    """Locks the file; `is_locked` of another process may hold it for a moment."""
-    for _ in range(25):
+def _take(handle: int, shared: bool, patience_sec: float = _PATIENCE_SEC) -> bool:
+    """Locks the file, at the latest when so much time has gone by."""
+    deadline = time.monotonic() + patience_sec
+    while True:
         try:
-            fcntl.flock(handle, how | fcntl.LOCK_NB)
+            fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
             time.sleep(0.02)
         else:
             return True
-    return False
 
 
 def is_locked(path: Path) -> bool:
@@ -182,7 +212,10 @@ def is_locked(path: Path) -> bool:
     return False
 
 
-def _holder(path: Path) -> str:
+def lock_holder(path: Path) -> str:
+    """Who holds a lock, in words; of those who share it the first."""
+    sharers = sorted(path.parent.glob(f"{path.name}.*"))
+    path = next((sharer for sharer in sharers if is_locked(sharer)), path)
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
         if held["host"] == socket.gethostname() and not _lives(int(held["pid"])):

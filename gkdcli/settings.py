@@ -60,6 +60,13 @@ class DataSettings(_Section):
         le=256.0,
     )
     workers: int = _setting(0, "processes of `gkd prepare`; 0: one per core", "processes", ge=0, le=256)
+    gpu_share: float = _setting(
+        0.0,
+        "what a flow task of `--executor ray` takes of a GPU, so that 0.25 puts four on each; 0: none",
+        "fraction",
+        ge=0.0,
+        le=1.0,
+    )
     test_fraction: float = _setting(
         0.2, "share of each class tested where a folder names no split", "fraction", gt=0.0, lt=1.0
     )
@@ -76,7 +83,9 @@ class DataSettings(_Section):
 
     def stored(self, modality: str) -> dict[str, Any]:
         """The settings that a store depends on; a page that differs in them is refused."""
-        others = {"workers", "holdout"} | (set() if modality == "flow" else {"flow", "flow_bound"})
+        others = {"workers", "gpu_share", "holdout"} | (
+            set() if modality == "flow" else {"flow", "flow_bound"}
+        )
         return self.model_dump(mode="json", exclude=others)
 
     @model_validator(mode="after")

@@ -167,6 +167,11 @@ def flow_part(house: House, sets: list[str]) -> bytes:
         return bytes(file["flow_x"][:].tobytes())
 
 
+def warned(house: House, sets: list[str]) -> int:
+    """How often one is warned that a setting has no use here."""
+    return house.prepare(sets)[0].must().err.count("warning: ")
+
+
 def fused_scores(house: House, sets: list[str]) -> list[float]:
     """Of each test video, by both streams together."""
     output = house.folder / "scores.json"
@@ -330,6 +335,7 @@ ROWS = [
     Row("data.flow", "dis", flow_part),
     Row("data.flow_bound", "5", flow_part),
     Row("data.workers", "2", processes("prepare"), ("data.workers=1",)),
+    Row("data.gpu_share", "0.5", warned),  # what it does on a cluster: tests/data/test_cluster.py
     Row("data.test_fraction", "0.6", subsets),
     Row("data.holdout", "0", plan_of("distill", "held_out_videos")),
     Row("data.draw_train", "5", drawing_plan),

@@ -70,7 +70,7 @@ def _run(arguments: list[str]) -> int:
         command.main(args=arguments, prog_name="gkd")
     try:
         # not command.main(): that one swallows Ctrl-C and broken pipes
-        with command.make_context("gkd", list(arguments)) as context:
+        with command.make_context("gkd", list(arguments), obj=arguments) as context:
             command.invoke(context)
         return int(ExitCode.DONE)
     except typer.Exit as stop:

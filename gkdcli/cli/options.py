@@ -35,6 +35,13 @@ class PreparedModality(StrEnum):
     both = "both"
 
 
+class Executor(StrEnum):
+    """Who prepares."""
+
+    local = "local"
+    ray = "ray"
+
+
 class FlowMethod(StrEnum):
     """How optical flow is computed."""
 

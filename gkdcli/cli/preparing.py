@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shlex
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,6 +13,7 @@ from gkdcli.cli.commands import app, execute, one_preset
 from gkdcli.cli.options import (
     DATA_PANEL,
     RUN_PANEL,
+    Executor,
     Flow,
     PreparedModality,
     PresetArgument,
@@ -27,6 +30,7 @@ from gkdcli.settings import MODALITIES
 @app.command("prepare")
 @shared_flags
 def prepare(
+    context: typer.Context,
     shared: Shared,
     preset: PresetArgument = None,
     videos: Annotated[
@@ -91,8 +95,28 @@ def prepare(
             rich_help_panel=RUN_PANEL,
         ),
     ] = 0,
+    shard: Annotated[
+        str | None,
+        typer.Option(
+            metavar="K/N",
+            help="Prepare only the K-th of N shares of the videos, beside the other N - 1 runs on the same"
+            " folder. No shard merges: when all have ended, the same command without --shard does.",
+            show_default=False,
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = None,
+    executor: Annotated[
+        Executor,
+        typer.Option(
+            help="Processes of this machine, or the Ray cluster that RAY_ADDRESS names (without it: a Ray of"
+            " its own on this machine).",
+            rich_help_panel=RUN_PANEL,
+        ),
+    ] = Executor.local,
 ) -> None:
     """Decodes videos into a store of frames, of optical flow, or both (HDF5)."""
+    from gkdcli.data.shards import Shard
+
     if preset_option is not None and preset is not None and videos is None:
         videos, preset = Path(preset), None  # `gkd prepare --preset ucf101 VIDEOS`
     named = {"argument VIDEOS": videos, "--from-frames": from_frames, "--from-npy": from_npy}
@@ -109,7 +133,13 @@ def prepare(
             "add `--modality both` or `--modality flow`",
         )
     if audit:
-        refused = {"--retry": retry, "--dry-run": shared.dry_run, "--flow": flow is not None}
+        refused = {
+            "--retry": retry,
+            "--dry-run": shared.dry_run,
+            "--flow": flow is not None,
+            "--shard": shard is not None,
+            "--executor": executor != Executor.local,
+        }
         if given_too := [flag for flag, is_given in refused.items() if is_given]:
             what = f"{given_too[0]} has no part in an audit, which changes nothing"
             raise usage_error(what, f"--audit {' '.join(given_too)}", "leave it out, or --audit")
@@ -124,6 +154,7 @@ def prepare(
         "dataset": ("--name", name),
         "data.flow": ("--flow", flow.value if flow else None),
     }
+    share = Shard.parse(shard) if shard is not None else None
     modalities = MODALITIES if modality == PreparedModality.both else (modality.value,)
 
     def call(place: Place, *rest: Any) -> Result:
@@ -145,6 +176,27 @@ def prepare(
             return look_through(place, console, flow_sample=flow_sample, **inputs)
         from gkdcli.pipeline.prepare import prepare
 
-        return prepare(place, console, retry=retry, dry_run=shared.dry_run, **inputs)
+        return prepare(
+            place,
+            console,
+            retry=retry,
+            dry_run=shared.dry_run,
+            shard=share,
+            merge=_without_shard(context.obj),
+            executor=executor.value,
+            **inputs,
+        )
 
     execute("prepare", shared, one_preset("prepare", preset, preset_option), flags, call, modalities)
+
+
+def _without_shard(arguments: Sequence[str]) -> str:
+    """The same command for all videos."""
+    words = iter(arguments)
+    kept = []
+    for word in words:
+        if word == "--shard":
+            next(words)
+        elif word != "--retry" and not word.startswith("--shard="):
+            kept.append(word)
+    return shlex.join(["gkd", *kept])

@@ -9,16 +9,18 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from gkdcli.data.annotations import Listing
+from gkdcli.data.cluster import Cluster
 from gkdcli.data.jobs import Job, Result, work
 from gkdcli.data.misfits import misfits
 from gkdcli.data.parts import part_path, read_attributes
-from gkdcli.data.rejects import PROBLEMS, Reject, cell, read_rejects, write_problems, write_rejects
+from gkdcli.data.rejects import PROBLEMS, Reject, cell, write_problems, write_rejects
+from gkdcli.data.shards import Shard, known_rejects, reject_table, remove_traces, store_locked
 from gkdcli.data.sources import Problem
 from gkdcli.data.store import build_index, mark_unfinished, setting_differences, written_settings
 from gkdcli.data.workers import Crashed, Crew, available_cores
@@ -27,10 +29,12 @@ from gkdcli.files import disk_is_full, free_bytes, human_bytes, locked, stamp, s
 from gkdcli.settings import MODALITIES, DataSettings
 
 Progress = Callable[[int, int, str, int], None]
+Hands = Crew[Job, Result] | Cluster
 _PROBES = 8
 _POLL_SEC = 0.2
 _GRACE_SEC = 10.0  # for videos in work after Ctrl-C
 _RESERVE_BYTES = 256 << 20
+_START_SEC = 300.0  # for a thousand shards that mark the store one after the other
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Report:
         bytes_written: in this run.
         seconds: of wall-clock time.
         unlisted: parts whose video is no longer among the sources; they are kept, and not in the index.
-        indexes: the finished index of each modality.
+        indexes: the finished index of each modality; a shard writes none.
         problems: of the annotations and of how they fit the videos; also in `annotations.problems.tsv`.
     """
 
@@ -55,9 +59,9 @@ class Report:
     frames: int
     bytes_written: int
     seconds: float
-    unlisted: int
-    indexes: dict[str, Path]
-    problems: list[Problem]
+    unlisted: int = 0
+    indexes: dict[str, Path] = field(default_factory=dict)
+    problems: list[Problem] = field(default_factory=list)
 
 
 @dataclass
@@ -79,6 +83,8 @@ def prepare_parts(
     workers: int = 0,
     progress: Progress | None = None,
     retry: bool = False,
+    shard: Shard | None = None,
+    cluster: Cluster | None = None,
 ) -> Report:
     """Brings the parts of a store up to date with the listed videos, then its indexes.
 
@@ -93,9 +99,12 @@ def prepare_parts(
         dataset: its name.
         modalities: "rgb", "flow" or both; both are made in one pass over each video.
         data: how frames are sampled, scaled and stored.
-        workers: processes; 0: one per core.
+        workers: processes; 0: one per core, of the cluster where there is one.
         progress: called as (done, total, name, frames) for each finished video.
         retry: try rejected videos again although their files are the same.
+        shard: prepare only this share of them, beside the runs that prepare the others; without one, what
+            shards have left is merged.
+        cluster: whose nodes do the work, instead of processes of this machine.
 
     Raises:
         GkdError: the store was written under other settings, is in use, or does not fit the disk.
@@ -103,34 +112,36 @@ def prepare_parts(
     """
     started = time.monotonic()
     settings = {modality: data.stored(modality) for modality in modalities}
-    tables = {modality: store_folder / f"{modality}.rejected.tsv" for modality in modalities}
+    tables = {modality: reject_table(store_folder, modality, shard) for modality in modalities}
+    whole, own = len(listing.sources), None
+    if shard is not None:
+        listing = shard.share(listing, modalities)
+        own = {*tables.values(), *_parts(listing, store_folder)}
     try:
-        with locked(store_folder / ".lock", f"the store of {dataset}"):
-            sweep_temporaries(store_folder)
-            for modality in modalities:
-                written = written_settings(store_folder, modality)
-                _check_settings(store_folder / f"{modality}.h5", written, settings[modality])
-            known = (
-                {}
-                if retry
-                else {path: bad for table in tables.values() for path, bad in read_rejects(table).items()}
-            )
+        with store_locked(store_folder, dataset, shard):
+            sweep_temporaries(store_folder, own)
+            _check_written(store_folder, settings)
+            known = {} if retry else known_rejects(store_folder, modalities)
             plan = _plan(listing, store_folder, modalities, data, known)
             tally = _Tally(plan, len(listing.sources), progress)
             if plan.jobs:
                 size = min(workers or available_cores(), len(plan.jobs))
                 try:
-                    with _signals() as signals, Crew(work, size) as crew:
+                    with (
+                        _signals() as signals,
+                        cluster.open(work, store_folder, plan.jobs, workers)
+                        if cluster
+                        else Crew(work, size) as crew,
+                    ):
                         _check_disk(crew, plan.jobs, store_folder, signals)
-                        for modality in {modality for job in plan.jobs for modality in job.parts}:
-                            mark_unfinished(
-                                store_folder, dataset, modality, settings[modality], len(listing.sources)
-                            )
+                        _mark(store_folder, dataset, settings, plan.jobs, whole)
                         _run(crew, plan.jobs, store_folder, tally, signals)
                 finally:
-                    sweep_temporaries(store_folder)  # of workers that had to be killed
+                    sweep_temporaries(store_folder, own)  # of workers that had to be killed
                     _write_tables(tables, listing, plan)
             _write_tables(tables, listing, plan)
+            if shard is not None:
+                return tally.report(listing, time.monotonic() - started)
             # a bad file may have a part from when it was good: not in the index
             good = [source for source in listing.sources if str(source.path) not in plan.rejected]
             indexes = {
@@ -149,19 +160,11 @@ def prepare_parts(
                 *misfits(good, store_folder / modalities[0], data, plan.attributes),
             ]
             write_problems(store_folder / PROBLEMS, problems)
+            remove_traces(store_folder, modalities)
     except OSError as error:
         raise _write_error(store_folder, error) from None
-    return Report(
-        prepared=tally.prepared,
-        skipped=plan.skipped + tally.unchanged,
-        rejected=[(path, reject.reason) for path, reject in _rejected(listing, plan)],
-        frames=tally.frames,
-        bytes_written=tally.bytes,
-        seconds=time.monotonic() - started,
-        unlisted=plan.unlisted,
-        indexes=indexes,
-        problems=problems,
-    )
+    report = tally.report(listing, time.monotonic() - started)
+    return replace(report, unlisted=plan.unlisted, indexes=indexes, problems=problems)
 
 
 def _rejected(listing: Listing, plan: _Plan) -> list[tuple[str, Reject]]:
@@ -171,6 +174,14 @@ def _rejected(listing: Listing, plan: _Plan) -> list[tuple[str, Reject]]:
 def _write_tables(tables: Mapping[str, Path], listing: Listing, plan: _Plan) -> None:
     for table in tables.values():
         write_rejects(table, _rejected(listing, plan))
+
+
+def _parts(listing: Listing, store_folder: Path) -> Iterator[Path]:
+    """Where the parts of the videos go, of all modalities."""
+    for modality in MODALITIES:
+        for source in listing.sources:
+            with suppress(ValueError):  # a name that the store does not take
+                yield part_path(store_folder / modality, source.class_name, source.name)
 
 
 def _plan(
@@ -241,6 +252,17 @@ class _Tally:
         self.prepared = self.unchanged = self.frames = self.bytes = 0
         self._progress = progress
 
+    def report(self, listing: Listing, seconds: float) -> Report:
+        """What it came to; indexes are the caller's matter."""
+        return Report(
+            prepared=self.prepared,
+            skipped=self.plan.skipped + self.unchanged,
+            rejected=[(path, reject.reason) for path, reject in _rejected(listing, self.plan)],
+            frames=self.frames,
+            bytes_written=self.bytes,
+            seconds=seconds,
+        )
+
     def add(self, job: Job, result: Result | Crashed) -> None:
         """One finished video."""
         path = job.source.path
@@ -264,9 +286,7 @@ class _Tally:
             self._progress(self.done, self.total, job.source.name, frames)
 
 
-def _run(
-    crew: Crew[Job, Result], jobs: Sequence[Job], folder: Path, tally: _Tally, signals: list[int]
-) -> None:
+def _run(crew: Hands, jobs: Sequence[Job], folder: Path, tally: _Tally, signals: list[int]) -> None:
     """Hands out jobs and collects results until all is done, or something asks to stop."""
     waiting = list(reversed(jobs))
     while (waiting or crew.busy) and not signals:
@@ -306,6 +326,21 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(number, handler or signal.SIG_DFL)
 
 
+def _check_written(store_folder: Path, settings: Mapping[str, dict[str, Any]]) -> None:
+    for modality, wanted in settings.items():
+        _check_settings(store_folder / f"{modality}.h5", written_settings(store_folder, modality), wanted)
+
+
+def _mark(
+    store_folder: Path, dataset: str, settings: Mapping[str, Any], jobs: Sequence[Job], expected: int
+) -> None:
+    """From here on the store is unfinished; of shards with different settings the first comes through."""
+    with locked(store_folder / ".start.lock", f"the store of {dataset}", patience_sec=_START_SEC):
+        _check_written(store_folder, settings)
+        for modality in {modality for job in jobs for modality in job.parts}:
+            mark_unfinished(store_folder, dataset, modality, settings[modality], expected)
+
+
 def _check_settings(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """One store, one way of sampling and scaling."""
     differing = setting_differences(old, new) if old else []
@@ -317,7 +352,7 @@ def _check_settings(where: Path, old: dict[str, Any], new: dict[str, Any]) -> No
         )
 
 
-def _check_disk(crew: Crew[Job, Result], jobs: Sequence[Job], folder: Path, signals: list[int]) -> None:
+def _check_disk(crew: Hands, jobs: Sequence[Job], folder: Path, signals: list[int]) -> None:
     """Refuses what will hardly fit, judged by a few of the videos."""
     sample = [replace(job, probe_only=True) for job in jobs[:: max(1, len(jobs) // _PROBES)][:_PROBES]]
     probed = read = 0

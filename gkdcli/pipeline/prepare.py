@@ -9,6 +9,7 @@ from typing import Any
 
 from gkdcli.console import Console
 from gkdcli.data.annotations import Listing, read_list, scan_folder
+from gkdcli.data.cluster import Cluster
 from gkdcli.data.demo import CLASSES, draw_videos
 from gkdcli.data.demo_detection import DETECTION_CLASSES, draw_untrimmed
 from gkdcli.data.detection_files import find_annotations, read_annotations
@@ -16,15 +17,17 @@ from gkdcli.data.detection_videos import list_arrays, list_videos
 from gkdcli.data.extract import Report, prepare_parts
 from gkdcli.data.lists import find_split_lists, read_split_lists
 from gkdcli.data.rejects import PROBLEMS
+from gkdcli.data.shards import Shard, reject_table
 from gkdcli.data.sources import SUBSETS, Problem
 from gkdcli.data.store import Store
 from gkdcli.data.workers import available_cores
 from gkdcli.errors import ExitCode, GkdError, usage_error
-from gkdcli.files import free_bytes, stamp, write_text
+from gkdcli.files import free_bytes, locked, stamp, write_text
 from gkdcli.resolve import page_to_toml, preset_names, read_page
 from gkdcli.result import Result
 from gkdcli.runs import Place
 
+_DRAW_SEC = 3600.0
 _SHOWN = 5  # problems in a result; all are in the table
 
 
@@ -39,6 +42,9 @@ def prepare(
     retry: bool,
     dry_run: bool,
     arrays: Path | None = None,
+    shard: Shard | None = None,
+    merge: str = "",
+    executor: str = "local",
 ) -> Result:
     """Decodes a data set's videos into its stores; what is there already is kept.
 
@@ -54,6 +60,9 @@ def prepare(
         retry: try rejected videos again even if they have not changed.
         dry_run: only list and plan.
         arrays: folder of published .npy arrays instead of videos, in detection.
+        shard: only this share of the videos; the other shards run elsewhere.
+        merge: the command that completes the store when all shards have run.
+        executor: "local" or "ray".
 
     Raises:
         GkdError: no videos, a list that is wrong, settings unlike the store's, no space, a lock.
@@ -77,7 +86,7 @@ def prepare(
         arrays=arrays is not None,
     )
     if dry_run:
-        return _plan(place, listing, folder, modalities)
+        return _plan(place, shard.share(listing, modalities) if shard else listing, folder, modalities)
     if not listing.sources:
         raise GkdError(
             f"none of the {len(listing.rejects)} listed videos can be used",
@@ -93,19 +102,47 @@ def prepare(
             f"{'images' if frames else 'arrays'} of flow, where there are any, are taken as they are: as"
             f" {settings.data.flow} with bound {settings.data.flow_bound:g} (`--flow`, data.flow_bound)"
         )
-    with console.progress(f"prepare {settings.dataset}", len(listing.sources)) as tick:
+    cluster = Cluster(console.note) if executor == "ray" else None
+    if settings.data.gpu_share and cluster is None:
+        console.warn(
+            "data.gpu_share is for tasks of a cluster; the processes of this machine have no use for it",
+            f"data.gpu_share is {settings.data.gpu_share:g}",
+            "`--executor ray` reads it",
+        )
+    title, count = f"prepare {settings.dataset}", len(listing.sources)
+    if shard is not None:
+        title, count = f"{title}, shard {shard}", len(shard.share(listing, modalities).sources)
+    with console.progress(title, count) as tick:
         report = prepare_parts(
             listing,
             place.store_folder,
             settings.dataset,
             modalities,
             settings.data,
-            workers=workers,
-            progress=lambda done, total, name, frames: tick(done, name),
+            workers=settings.data.workers,
+            progress=lambda done, total, name, frames: tick(done, name + _nodes(cluster, console.verbose)),
             retry=retry,
+            shard=shard,
+            cluster=cluster,
         )
     _keep_page(place, modalities)
-    return _result(place, console, listing, report)
+    result = (
+        _shard_result(place, console, shard, report, merge)
+        if shard
+        else _result(place, console, listing, report)
+    )
+    if cluster is not None:
+        result.payload["nodes"] = dict(cluster.videos)
+    return result
+
+
+def _nodes(cluster: Cluster | None, verbose: bool) -> str:
+    """For progress: how many nodes have worked, or what each of them has done."""
+    if cluster is None:
+        return ""
+    if not verbose:
+        return f", from {len(cluster.videos)} node{'' if len(cluster.videos) == 1 else 's'}"
+    return "; " + ", ".join(f"{node} {count}" for node, count in sorted(cluster.videos.items()))
 
 
 def read_listing(
@@ -211,6 +248,12 @@ def _first_few(names: Sequence[str]) -> str:
 
 
 def _draw(place: Place, console: Console, folder: Path, workers: int) -> None:
+    lock, purpose = place.store_folder / ".draw.lock", f"the videos of {place.settings.dataset}"
+    with locked(lock, purpose, patience_sec=_DRAW_SEC):  # the first of some shards draws, the others wait
+        _draw_alone(place, console, folder, workers)
+
+
+def _draw_alone(place: Place, console: Console, folder: Path, workers: int) -> None:
     data = place.settings.data
     counts = {"train": data.draw_train, "test": data.draw_test}
     if place.settings.task == "detection":
@@ -281,6 +324,31 @@ def _keep_page(place: Place, modalities: Sequence[str]) -> None:
         kept = read_page(path).get("data", {})
         page["data"] |= {key: kept[key] for key in ("flow", "flow_bound") if key in kept}
     write_text(path, page_to_toml(page))
+
+
+def _shard_result(place: Place, console: Console, shard: Shard, report: Report, merge: str) -> Result:
+    """What became of one share of the videos."""
+    payload = {
+        "store": str(place.store_folder),
+        "shard": str(shard),
+        "videos": report.prepared + report.skipped,
+        "prepared": report.prepared,
+        "kept": report.skipped,
+        "rejected": len(report.rejected),
+        "frames": report.frames,
+        "bytes": report.bytes_written,
+        "seconds": round(report.seconds, 1),
+    }
+    then = f"next: `{merge}`, once all {shard.count} shards have ended; the store is unfinished until then"
+    if not report.rejected:
+        return Result(payload, next=then)
+    path, reason = report.rejected[0]
+    console.warn(
+        f"{len(report.rejected)} videos of shard {shard} are not in the store",
+        f"{reject_table(place.store_folder, place.modality, shard)}; first: {path}, {reason}",
+        "replace the files and run the same command again, or go on: they are left out",
+    )
+    return Result(payload, code=ExitCode.REJECTS, next=then)
 
 
 def _result(place: Place, console: Console, listing: Listing, report: Report) -> Result:

@@ -23,6 +23,7 @@ HEAVY = {
     "matplotlib",
     "safetensors",
     "lightning_fabric",
+    "ray",
 }
 SHARED = {
     "--modality", "--split", "--root", "--config", "--set", "--seed", "--device", "--workers", "--json",
@@ -33,7 +34,7 @@ PRESET = {"--preset"}
 OWN = {
     "prepare": {
         "--name", "--annotations", "--from-frames", "--from-npy", "--flow", "--retry", "--audit",
-        "--flow-sample",
+        "--flow-sample", "--shard", "--executor",
     },
     "pretrain-attention": {
         "--backbone", "--init", "--resume", "--max-steps", "--epochs", "--batch-size", "--lr",
