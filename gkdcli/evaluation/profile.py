@@ -25,6 +25,14 @@ RECALL_AT = (1, 10)
 _PAIRS = 1 << 21  # compared at once, to bound memory where one video holds most of the set
 
 
+def what_is_wrong(truth: GroundTruth, detections: Detections) -> dict[str, Any]:
+    """Both, as results call them."""
+    return {
+        "false_positives": false_positive_profile(truth, detections),
+        "recall_by_length": recall_by_length(truth, detections),
+    }
+
+
 def false_positive_profile(truth: GroundTruth, detections: Detections, tiou: float = 0.5) -> dict[str, Any]:
     """How many of the best detections are right, and what is wrong with the others.
 

@@ -17,7 +17,7 @@ from gkdcli.data.json_keys import Twice, object_or_twice
 from gkdcli.data.names import check_text
 from gkdcli.data.sources import Problem
 from gkdcli.errors import GkdError
-from gkdcli.evaluation.detection import Detections, GroundTruth
+from gkdcli.evaluation.detection import Detections, Floats, GroundTruth
 from gkdcli.files import atomic_path
 
 _HINT = '{"version": TEXT, "results": {VIDEO: [{"label": NAME, "score": S, "segment": [START, END]}]}}'
@@ -29,11 +29,13 @@ class ReadTruth(NamedTuple):
 
     Args:
         truth: what is scored against.
+        durations: (V,) seconds, of its videos; 0 where the file does not say.
         subset: which part of the file that is.
         problems: annotations of it that were left out, or look wrong.
     """
 
     truth: GroundTruth
+    durations: Floats
     subset: str
     problems: list[Problem]
 
@@ -53,7 +55,8 @@ def read_ground_truth(path: Path) -> ReadTruth:
         if any(entry.actions for entry in tested.values()):
             aside = {readable(video) for video in database.keys() - tested.keys()}
             problems = [problem for problem in found if problem.video not in aside]
-            return ReadTruth(_truth(tested), next(iter(tested.values())).subset, problems)
+            durations = np.array([entry.duration for entry in tested.values()])
+            return ReadTruth(_truth(tested), durations, next(iter(tested.values())).subset, problems)
     subsets = sorted({entry.subset for entry in database.values()})
     raise GkdError(
         "no tested video has an action that can be used",

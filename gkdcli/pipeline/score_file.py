@@ -8,11 +8,13 @@ from typing import Any
 from gkdcli.console import Console
 from gkdcli.errors import ExitCode, GkdError, usage_error
 from gkdcli.evaluation.detection import USUAL_TIOU, detection_scores, shuffled, tiou_text
+from gkdcli.evaluation.profile import what_is_wrong
 from gkdcli.evaluation.scores import check_requirements, parse_requirement
 from gkdcli.evaluation.submission import read_ground_truth, read_submission
 from gkdcli.files import digest, write_json
 from gkdcli.result import Result, jsonable
 from gkdcli.runs import Place
+from gkdcli.tasks.detection_pictures import draw_found
 
 _NAMES = ("thumos_gt.json", "annotations.json")  # the published one, and what the drawn set brings along
 
@@ -35,7 +37,7 @@ def score_file(
         predictions: a submission, .json or .json.gz.
         ground_truth: ActivityNet JSON; None to look for it under `datasets/<dataset>/`.
         require: `average_map>=0.3`, `map.0.5>=0.3` and the like.
-        output: where to write the scores as JSON.
+        output: where to write the scores as JSON; pictures of what is wrong go beside it.
         dry_run: read both files and score nothing.
 
     Raises:
@@ -80,6 +82,7 @@ def score_file(
         "average_map_official": scores["average_map_official"],
         "average_map_of_shuffled_scores": by_chance["average_map"],
         **scores,
+        **what_is_wrong(read.truth, found),
         "protocol": protocol | {"averaged_over": ",".join(map(tiou_text, settings.eval.tiou or USUAL_TIOU))},
     }
     if not scores["ground_truth"]["detections_used"]:
@@ -90,6 +93,8 @@ def score_file(
         )
     if output is not None:
         write_json(output, jsonable(payload))
+        pictures = draw_found(payload, read.truth, found, read.durations, output.parent, f"{output.stem}-")
+        console.note(f"pictures: {', '.join(map(str, pictures))}")
     error = check_requirements(payload, requirements)
     return Result(payload, None, error.code if error else ExitCode.DONE, error)
 

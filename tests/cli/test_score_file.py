@@ -85,6 +85,31 @@ def test_ground_truth_is_found_under_the_data_set(gkd: Gkd, files: tuple[Path, P
     assert "--ground-truth FILE.json" in refused.err
 
 
+def test_what_is_wrong_is_told_as_of_networks(gkd: Gkd, files: tuple[Path, Path], tmp_path: Path) -> None:
+    result = (
+        gkd("evaluate", "thumos14", "--root", tmp_path, "--predictions", files[0], "--json")
+        .must()
+        .json["result"]
+    )
+    profile, recall = result["false_positives"], result["recall_by_length"]
+    assert (profile["tiou"], profile["segments"], profile["detections"]) == (0.5, 3, 3)
+    assert profile["slices"][0]["shares"] == pytest.approx(
+        {"true_positive": 2 / 3, "background": 1 / 3}
+        | dict.fromkeys(("duplicate", "wrong_label", "localisation", "confusion"), 0)
+    )
+    assert recall["recall"]["10G"] == pytest.approx(2 / 3)
+    assert [row["segments"] for row in recall["bins"]] == [0, 1, 2, 0, 0]
+
+
+def test_pictures_lie_beside_the_output(gkd: Gkd, files: tuple[Path, Path], tmp_path: Path) -> None:
+    output = tmp_path / "scored" / "scores.json"
+    words = ("evaluate", "thumos14", "--root", tmp_path, "--predictions", files[0], "--output", output)
+    err = gkd(*words).must().err
+    pictures = [output.parent / f"scores-{name}.png" for name in ("profile", "timelines")]
+    assert sorted(output.parent.iterdir()) == sorted([output, *pictures])
+    assert all(path.read_bytes().startswith(b"\x89PNG") and str(path) in err for path in pictures)
+
+
 def test_the_table(gkd: Gkd, files: tuple[Path, Path], tmp_path: Path) -> None:
     out = gkd("evaluate", "thumos14", "--root", tmp_path, "--predictions", files[0]).must().out
     lines = [line.split() for line in out.splitlines()]
