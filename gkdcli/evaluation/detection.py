@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -107,7 +107,7 @@ def _right(truth_group: Ints, truth: Floats, group: Ints, segments: Floats, tiou
     groups and thresholds go on together, in about as many rounds as detections compete for a segment.
     """
     right = np.zeros((len(tious), len(group)), dtype=bool)
-    detection, segment, overlap = _pairs(truth_group, truth, group, segments, tious.min(initial=np.inf))
+    detection, segment, overlap = _ranked(truth_group, truth, group, segments, tious.min(initial=np.inf))
     # the pairs of a detection are neighbours, most overlap first; a threshold cuts each list short
     begin = np.flatnonzero(np.diff(detection, prepend=-1))
     able = detection[begin]  # those that overlap with any
@@ -133,29 +133,42 @@ def _right(truth_group: Ints, truth: Floats, group: Ints, segments: Floats, tiou
     return right
 
 
-def _pairs(
+def _ranked(
     truth_group: Ints, truth: Floats, group: Ints, segments: Floats, least: float
 ) -> tuple[Ints, Ints, Floats]:
-    """Detections and segments of one group that overlap enough: by detection, most overlap first."""
+    """The pairs that overlap enough: by detection, most overlap first."""
+    parts = []
+    for portion in pairs(truth_group, truth, group, segments):
+        kept = np.flatnonzero(portion[2] >= least)
+        parts.append([column[kept] for column in portion])
+    detection, segment, overlap = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.lexsort((-overlap, detection))  # stable: ties in the order of the file
+    return detection[order], segment[order], overlap[order]
+
+
+def pairs(
+    truth_group: Ints, truth: Floats, group: Ints, segments: Floats
+) -> Iterator[tuple[Ints, Ints, Floats]]:
+    """Every detection beside every segment of its group, in portions; a detection is in one portion only.
+
+    Yields:
+        (P,) detections in their order, (P,) segments of each in the order of the file, (P,) their tIoU.
+    """
     by_group = np.argsort(truth_group, kind="stable")
     sorted_group = truth_group[by_group]
     # rows of two numbers are slow to gather
     sorted_truth, columns = np.ascontiguousarray(truth[by_group].T), np.ascontiguousarray(segments.T)
     first = np.searchsorted(sorted_group, group)
     count = np.searchsorted(sorted_group, group, side="right") - first
-    edges = np.flatnonzero(np.diff(np.cumsum(count) // _PAIRS)) + 1
-    parts = []
-    for some in np.split(np.flatnonzero(count), np.searchsorted(np.flatnonzero(count), edges)):
-        many = count[some]
-        detection = np.repeat(some, many)
+    some = np.flatnonzero(count)
+    portion = np.cumsum(count[some]) // _PAIRS
+    for found in np.split(some, np.flatnonzero(np.diff(portion)) + 1):
+        many = count[found]
+        detection = np.repeat(found, many)
         # number of the pair, less that of the detection's first one, plus where its group begins
-        place = np.arange(len(detection)) + np.repeat(first[some] - np.cumsum(many) + many, many)
+        place = np.arange(len(detection)) + np.repeat(first[found] - np.cumsum(many) + many, many)
         overlap = tiou(sorted_truth.take(place, axis=1).T, columns.take(detection, axis=1).T)
-        kept = np.flatnonzero(overlap >= least)
-        parts.append((detection[kept], by_group[place[kept]], overlap[kept]))
-    detection, segment, overlap = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.lexsort((-overlap, detection))  # stable: ties in the order of the file
-    return detection[order], segment[order], overlap[order]
+        yield detection, by_group[place], overlap
 
 
 def tiou_text(value: float) -> str:
