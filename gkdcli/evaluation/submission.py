@@ -29,15 +29,15 @@ class ReadTruth(NamedTuple):
 
     Args:
         truth: what is scored against.
-        durations: (V,) seconds, of its videos; 0 where the file does not say.
         subset: which part of the file that is.
         problems: annotations of it that were left out, or look wrong.
+        durations: (V,) seconds, of its videos; 0 where the file does not say.
     """
 
     truth: GroundTruth
-    durations: Floats
     subset: str
     problems: list[Problem]
+    durations: Floats
 
 
 def read_ground_truth(path: Path) -> ReadTruth:
@@ -56,7 +56,7 @@ def read_ground_truth(path: Path) -> ReadTruth:
             aside = {readable(video) for video in database.keys() - tested.keys()}
             problems = [problem for problem in found if problem.video not in aside]
             durations = np.array([entry.duration for entry in tested.values()])
-            return ReadTruth(_truth(tested), durations, next(iter(tested.values())).subset, problems)
+            return ReadTruth(_truth(tested), next(iter(tested.values())).subset, problems, durations)
     subsets = sorted({entry.subset for entry in database.values()})
     raise GkdError(
         "no tested video has an action that can be used",
