@@ -93,8 +93,8 @@ def test_the_limit_of_a_trial_is_in_windows_and_whole_videos_are_taken(tested, m
         seen.append(list(videos))
         return iter(saved_windows[: len(seen[-1])])
 
-    with saved(tested.path.parent / "some.h5", "abc") as file:
-        saved_windows = [file[n] for n in range(3)]
+    file = saved(tested.path.parent / "some.h5", "abc")
+    saved_windows = [file[n] for n in range(3)]
     monkeypatch.setattr(detection_scores, "_windows", windows)
     network = torch.nn.Linear(1, 1)
     for limit in (1, 3, 4, 99, None):
