@@ -222,6 +222,16 @@ def protocol(run: Run, settings: Settings) -> dict[str, Any]:
     }
 
 
+def seen_by(settings: Settings) -> dict[str, str]:
+    """What of the settings saved predictions depend on."""
+    return {"stride": str(settings.eval.stride)}
+
+
+def fuses_plain(run: Run) -> bool:
+    """Whether fusion takes the plain feature: the released fused test of flow has no attention (METHOD.md 5)."""
+    return bool(run.record["modality"] == "flow" and run.record["recipe"] == "official")
+
+
 def _windows(
     network: Forward,
     store: Store,

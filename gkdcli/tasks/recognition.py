@@ -146,6 +146,16 @@ def protocol(run: Run, settings: Settings) -> dict[str, Any]:
     return {"views": "middle window, centre crop"}
 
 
+def seen_by(settings: Settings) -> dict[str, str]:
+    """What of the settings saved predictions depend on: nothing."""
+    return {}
+
+
+def fuses_plain(run: Run) -> bool:
+    """Whether fusion takes the plain feature of a network with attention: its own choice counts there too."""
+    return False
+
+
 def write_output(
     path: Path, payload: Mapping[str, Any], found: Predictions, store: Store, videos: list[int], run: Run
 ) -> None:

@@ -36,6 +36,8 @@ class Task(Protocol):
     predict_run: Callable[..., None]
     score: Callable[..., tuple[dict[str, Any], Any]]
     protocol: Callable[[Run, Settings], dict[str, Any]]
+    seen_by: Callable[[Settings], dict[str, str]]
+    fuses_plain: Callable[[Run], bool]
     write_output: Callable[..., None]
     draw: Callable[..., None]
 

@@ -121,7 +121,7 @@ def test_saved_predictions_are_scored_again_with_other_settings(gkd: Gkd, scored
     assert fewer["ground_truth"]["detections"] == 2 * 6 * 3  # videos x classes
     refused = gkd("evaluate", PRESET, "--root", scored, "--rescore", "--set", "eval.stride=32")
     assert refused.code == 1
-    assert "another stride" in refused.err
+    assert "the saved predictions are of another stride\n" in refused.err
 
 
 def test_the_written_file_scores_the_same_without_store_or_network(
