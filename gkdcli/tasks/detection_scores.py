@@ -228,7 +228,7 @@ def seen_by(settings: Settings) -> dict[str, str]:
 
 
 def fuses_plain(run: Run) -> bool:
-    """Whether fusion takes the plain feature: the released fused test of flow has no attention (METHOD.md 5)."""
+    """Whether fusion takes the plain feature, as the released fused test does of flow (METHOD.md 5)."""
     return bool(run.record["modality"] == "flow" and run.record["recipe"] == "official")
 
 
