@@ -431,6 +431,24 @@ def test_an_export_finds_the_same_actions_without_gkd(
     assert_same_detections(found, expected[video.name])
 
 
+def test_a_graph_that_finds_other_actions_in_whole_videos_is_not_written(
+    gkd: Gkd, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it: an older export stays whole, its card and weights with its graph."""
+    from gkdcli.pipeline import export
+
+    agreement, out = export.agreement, tmp_path / "out"
+    monkeypatch.setattr(export, "agreement", lambda *given: agreement(*given) | {"found_again": 0.5})
+    older = {name: name.encode() for name in ("model.onnx", "model.safetensors", "card.json")}
+    out.mkdir()
+    for name, content in older.items():
+        (out / name).write_bytes(content)
+    refused = gkd("export", PRESET, "--root", scored, "--format", "onnx", "--out", out)
+    assert refused.code == 1
+    assert "the graph finds 50.0% of what the live network finds in whole videos" in refused.err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == older
+
+
 def assert_same_detections(found: list[Any], expected: list[Any]) -> None:
     """Of each class as many, each near one of the other; both were rounded differently on the way."""
     assert len(found) == len(expected)
