@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gkdcli.console import counted
 from gkdcli.data.action_files import Entry, read_activitynet, readable
 from gkdcli.data.json_keys import Twice, object_or_twice
 from gkdcli.data.names import check_text
@@ -58,10 +59,12 @@ def read_ground_truth(path: Path) -> ReadTruth:
             durations = np.array([entry.duration for entry in tested.values()])
             return ReadTruth(_truth(tested), next(iter(tested.values())).subset, problems, durations)
     subsets = sorted({entry.subset for entry in database.values()})
+    first = ""
+    if found:
+        first = f"; first of {counted(len(found), 'problem')}: {found[0].video}: {found[0].reason}"
     raise GkdError(
         "no tested video has an action that can be used",
-        f"{path}; subsets: {', '.join(map(readable, subsets)) or 'none'}"
-        + (f"; first of {len(found)} problems: {found[0].video}: {found[0].reason}" if found else ""),
+        f"{path}; subsets: {', '.join(map(readable, subsets)) or 'none'}{first}",
         "the subset that is scored is called test or testing, or else validation",
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gkdcli.console import Console
+from gkdcli.console import Console, counted
 from gkdcli.errors import ExitCode, GkdError, usage_error
 from gkdcli.evaluation.detection import USUAL_TIOU, detection_scores, shuffled, tiou_text
 from gkdcli.evaluation.profile import what_is_wrong
@@ -55,7 +55,7 @@ def score_file(
         first = read.problems[0]
         at = f"{first.video} annotation {first.line}" if first.line else first.video
         console.warn(
-            f"{len(read.problems)} annotations of the ground truth look wrong",
+            f"{counted(len(read.problems), 'annotation')} of the ground truth may be wrong",
             f"{source}; first: {at}: {first.reason}",
             "all scores are of what is left",
         )

@@ -195,7 +195,7 @@ def test_what_the_ground_truth_leaves_out_and_names_that_do_not_fit_are_said(
     files[1].write_text(json.dumps(document))
     files[0].write_text(json.dumps({"results": {"one.mp4": FOUND["results"]["one"]}}))
     err = gkd("evaluate", "thumos14", "--root", tmp_path, "--predictions", files[0]).must().err
-    assert "1 annotations of the ground truth look wrong" in err
+    assert "1 annotation of the ground truth may be wrong" in err
     assert "one annotation 4" in err
     assert "no detection is of a video and a class that the ground truth knows" in err
     assert "its videos are called like one" in err
