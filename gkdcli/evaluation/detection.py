@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gkdcli.console import counted
 from gkdcli.errors import usage_error
 
 Floats = NDArray[np.float64]
@@ -248,6 +249,32 @@ def _duplicates(truth: GroundTruth) -> int:
     """Segments that repeat video, class, start and end of another."""
     rows = np.column_stack([truth.video, truth.labels, truth.segments])
     return len(rows) - len(np.unique(rows, axis=0))
+
+
+def beyond_end(truth: GroundTruth, durations: Floats) -> int:
+    """Segments that lie wholly beyond the end of their video; they count, as in the published evaluation.
+
+    Args:
+        truth: what there is.
+        durations: (V,) seconds, of its videos; 0 where unknown.
+    """
+    end = np.where(durations > 0, durations, np.inf)
+    return int((truth.segments[:, 0] >= end[truth.video]).sum())
+
+
+def remarks(scores: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What the user should know of these scores: what, where, hint."""
+    truth = scores["ground_truth"]
+    if not truth["beyond_end"]:
+        return []
+    segments = counted(truth["beyond_end"], "segment lies", "segments lie")
+    return [
+        (
+            f"{segments} wholly beyond the end of the video, so nothing can find them",
+            f"ground truth {truth['source']}",
+            "they count as missed, as in the published evaluation",
+        )
+    ]
 
 
 def shuffled(detections: Detections, seed: int) -> Detections:

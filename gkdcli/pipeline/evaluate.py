@@ -75,6 +75,8 @@ def evaluate(
     fused, payload = _scored(streams)
     if compare:
         payload["runs"] = _comparison(places, console, stores)
+    for remark in task_of(found[0].settings).remarks(payload):
+        console.warn(*remark)
     name = "report" if len(streams) == 1 else "fusion"
     write_json(found[0].folder / f"{name}.json", jsonable(payload))
     task, first = task_of(found[0].settings), streams[0]

@@ -7,7 +7,14 @@ from typing import Any
 
 from gkdcli.console import Console, counted
 from gkdcli.errors import ExitCode, GkdError, usage_error
-from gkdcli.evaluation.detection import USUAL_TIOU, detection_scores, shuffled, tiou_text
+from gkdcli.evaluation.detection import (
+    USUAL_TIOU,
+    beyond_end,
+    detection_scores,
+    remarks,
+    shuffled,
+    tiou_text,
+)
 from gkdcli.evaluation.profile import what_is_wrong
 from gkdcli.evaluation.scores import check_requirements, parse_requirement
 from gkdcli.evaluation.submission import read_ground_truth, read_submission
@@ -76,6 +83,7 @@ def score_file(
         }
         return Result(protocol | counts)
     scores = detection_scores(read.truth, found, settings.eval.tiou, source.name)
+    scores["ground_truth"]["beyond_end"] = beyond_end(read.truth, read.durations)
     by_chance = detection_scores(read.truth, shuffled(found, settings.train.seed), settings.eval.tiou)
     payload: dict[str, Any] = {
         "average_map": scores["average_map"],
@@ -85,6 +93,8 @@ def score_file(
         **what_is_wrong(read.truth, found),
         "protocol": protocol | {"averaged_over": ",".join(map(tiou_text, settings.eval.tiou or USUAL_TIOU))},
     }
+    for remark in remarks(scores):
+        console.warn(*remark)
     if not scores["ground_truth"]["detections_used"]:
         console.warn(
             "no detection is of a video and a class that the ground truth knows",

@@ -13,6 +13,7 @@ from torch import Tensor
 from gkdcli.data.store import Store
 from gkdcli.data.window_clips import WindowDataset
 from gkdcli.errors import GkdError
+from gkdcli.evaluation.detection import remarks
 from gkdcli.losses.boundary import boundary_contrast, boundary_loss
 from gkdcli.losses.segments import HeadOutputs, Targets, background_loss, segment_losses
 from gkdcli.models.boundary import boundary_max_pool, proposal_segments
@@ -46,6 +47,7 @@ __all__ = [
     "load",
     "predict_run",
     "protocol",
+    "remarks",
     "score",
     "seen_by",
     "supervised_terms",

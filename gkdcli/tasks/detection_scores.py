@@ -18,6 +18,7 @@ from gkdcli.evaluation.detection import (
     Detections,
     Floats,
     GroundTruth,
+    beyond_end,
     class_priors,
     detection_scores,
     shuffled,
@@ -101,6 +102,7 @@ def score(
     scores = detection_scores(truth, known, tiou, stated.get("file", ""))
     # of what the file states, some videos may not be in the store
     scores["ground_truth"] |= {f"{key}_in_file": stated.get(key) for key in ("videos", "segments")}
+    scores["ground_truth"]["beyond_end"] = beyond_end(truth, _durations(store, videos, truth))
     by_chance = detection_scores(truth, shuffled(known, settings.train.seed), tiou)
     priors_alone = detection_scores(truth, _class_priors(store, videos, truth), tiou)
     averages = {

@@ -141,6 +141,11 @@ def score(
     return recognition_scores(fused.logits, fused.labels, store.classes, run.record["recipe"]), fused
 
 
+def remarks(scores: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What the user should know of the scores: nothing."""
+    return []
+
+
 def protocol(run: Run, settings: Settings) -> dict[str, Any]:
     """What of a video was seen."""
     return {"views": "middle window, centre crop"}

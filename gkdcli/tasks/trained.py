@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -36,6 +36,7 @@ class Task(Protocol):
     load: Callable[[Path], Any]
     predict_run: Callable[..., None]
     score: Callable[..., tuple[dict[str, Any], Any]]
+    remarks: Callable[[Mapping[str, Any]], Sequence[tuple[str, str, str]]]
     protocol: Callable[[Run, Settings], dict[str, Any]]
     seen_by: Callable[[Settings], dict[str, str]]
     fuses_plain: Callable[[Run], bool]

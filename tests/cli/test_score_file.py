@@ -201,6 +201,18 @@ def test_what_the_ground_truth_leaves_out_and_names_that_do_not_fit_are_said(
     assert "its videos are called like one" in err
 
 
+def test_segments_beyond_the_end_of_a_video_are_kept_and_said(
+    gkd: Gkd, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    document = json.loads(files[1].read_text())
+    document["database"]["one"]["duration"] = 35
+    files[1].write_text(json.dumps(document))
+    outcome = gkd("evaluate", "thumos14", "--root", tmp_path, "--predictions", files[0], "--json").must()
+    counts = outcome.json["result"]["ground_truth"]
+    assert (counts["segments"], counts["beyond_end"]) == (3, 1)
+    assert outcome.err.count("1 segment lies wholly beyond the end of the video") == 1
+
+
 def test_neither_torch_nor_a_store_is_needed(files: tuple[Path, Path]) -> None:
     code = (
         "import sys; from gkdcli.cli import run; status = run(sys.argv[1:]);"
