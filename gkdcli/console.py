@@ -127,6 +127,11 @@ def message(kind: str, what: str, where: str = "", hint: str = "") -> str:
     return "\n".join(re.sub(r"[\x00-\x1f\x7f]", " ", line) for line in lines if line)
 
 
+def counted(count: int, one: str, more: str = "") -> str:
+    """`1 video`, `2 videos`; `more` where an `s` is not all that changes: `1 video is`, `2 videos are`."""
+    return f"{count} {one if count == 1 else more or one + 's'}"
+
+
 def first_rank() -> bool:
     """Whether this process speaks: in a multi-process run only rank 0 does."""
     return os.environ.get("RANK", "0") == "0"

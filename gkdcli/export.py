@@ -8,6 +8,7 @@ import json
 import logging
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,16 @@ from gkdcli.models.weights import save_tensors
 from gkdcli.runs import Run
 from gkdcli.settings import ExportSettings
 
+Graph = Callable[[torch.Tensor], list[torch.Tensor]]  # normalised clips -> the outputs
+
 
 def write_export(
-    run: Run, network: Network, settings: ExportSettings, formats: list[str], folder: Path
+    run: Run,
+    network: Network,
+    settings: ExportSettings,
+    formats: list[str],
+    folder: Path,
+    on_whole_videos: Callable[[Graph], dict[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """Writes `model.safetensors`, `card.json` and `README.md`, and `model.onnx` where asked for.
 
@@ -36,9 +44,10 @@ def write_export(
         settings: operator set and tolerance.
         formats: of `safetensors`, `onnx`.
         folder: is made.
+        on_whole_videos: compares the graph once more, before it gets its name; raises where it fails.
 
     Returns:
-        The files, and for ONNX the largest difference found.
+        The files, for ONNX the largest difference found, and what `on_whole_videos` says.
 
     Raises:
         GkdError: the export extra is absent, or the graph does not agree with the live model.
@@ -50,7 +59,7 @@ def write_export(
         "parameters": card["parameters"],
     }
     if "onnx" in formats:
-        payload["onnx"] = _write_onnx(network, card, settings, folder / "model.onnx")
+        payload |= _write_onnx(network, card, settings, folder / "model.onnx", on_whole_videos)
         card["onnx"] = payload["onnx"]
     if "safetensors" in formats:
         path = folder / "model.safetensors"
@@ -70,7 +79,11 @@ def write_export(
 
 
 def _write_onnx(
-    network: Network, card: dict[str, Any], settings: ExportSettings, path: Path
+    network: Network,
+    card: dict[str, Any],
+    settings: ExportSettings,
+    path: Path,
+    on_whole_videos: Callable[[Graph], dict[str, Any]] | None,
 ) -> dict[str, Any]:
     try:
         import onnx
@@ -113,21 +126,21 @@ def _write_onnx(
                 str(path),
                 f"accepted is export.tolerance = {settings.tolerance:g}; nothing was written",
             )
-    return {
+        checked = {}
+        if on_whole_videos is not None:
+            checked["whole_videos"] = on_whole_videos(partial(_run, session))
+    written = {
         "file": str(path),
         "bytes": path.stat().st_size,
         "opset": settings.opset,
         "largest_relative_difference": difference,
         "accepted_difference": accepted,
     }
+    return {"onnx": written} | checked
 
 
-def graph_session(path: Path) -> Callable[[torch.Tensor], list[torch.Tensor]]:
-    """An exported graph as a function: normalised clips -> its outputs."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
-    return lambda clips: [torch.from_numpy(part) for part in session.run(None, {"clip": clips.numpy()})]
+def _run(session: Any, clips: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.from_numpy(part) for part in session.run(None, {"clip": clips.numpy()})]
 
 
 _DRAWS = 8  # of clips, until one is comparable

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from gkdcli.console import counted
 from gkdcli.report import drawable, new_figure, save_figure
 
 # by kind of `evaluation.profile`, from the best to the worst: what it is called, colour. Green is right; blue
@@ -169,7 +170,7 @@ def draw_timelines(videos: Sequence[Timeline], path: Path) -> None:
         axes.tick_params(axis="x", labelsize=8)
         axes.spines[["top", "right", "left"]].set_visible(False)
         some = f"{len(kept)} of {len(video.found)}" if len(kept) < len(video.found) else f"{len(kept)}"
-        title = f"{drawable(video.name)}: {len(video.truth)} segments, {some} detections"
+        title = f"{drawable(video.name)}: {counted(len(video.truth), 'segment')}, {some} detections"
         axes.set_title(title, fontsize=9, loc="left", parse_math=False)
     grid[-1, 0].set_xlabel(
         f"seconds (detections: the more opaque, the higher the score; full: {highest:.3g})"

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from gkdcli.console import Console, message
+from gkdcli.console import Console, counted, message
 from gkdcli.errors import GkdError
 
 
@@ -18,6 +18,11 @@ def test_messages_have_one_line_each_for_what_where_and_hint() -> None:
     )
     assert message("warning", "it creaks") == "warning: it creaks"
     assert message("error", "one\ntwo", "\x1b[31mred.mp4") == "error: one two\nwhere:  [31mred.mp4"
+
+
+def test_one_is_not_many() -> None:
+    assert [counted(n, "video") for n in (0, 1, 2)] == ["0 videos", "1 video", "2 videos"]
+    assert [counted(n, "class is", "classes are") for n in (1, 2)] == ["1 class is", "2 classes are"]
 
 
 @pytest.mark.parametrize(

@@ -93,7 +93,7 @@ def evaluate(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="Also write scores and per-video predictions as JSON.",
+            help="Also write scores and per-video predictions as JSON; of --predictions also pictures.",
             rich_help_panel=OUTPUT_PANEL,
         ),
     ] = None,

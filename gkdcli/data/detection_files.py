@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
+from gkdcli.console import counted
 from gkdcli.data.action_files import (
     Entry,
     is_activitynet,
@@ -296,8 +297,8 @@ def _by_subset(
     for subset in SUBSETS:
         subsets[subset] = groups.pop(subset, {})
     unused = [
-        f"{len(entries)} videos of subset `{readable(name)}` are not used" for name, entries in groups.items()
-        if entries
+        counted(len(entries), "video") + f" of subset `{readable(name)}`, not used"
+        for name, entries in groups.items() if entries
     ]  # fmt: skip
     return subsets, unused, validation
 

@@ -23,6 +23,7 @@ from gkdcli.data.rejects import PROBLEMS, Reject, cell, write_problems, write_re
 from gkdcli.data.shards import Shard, known_rejects, reject_table, remove_traces, store_locked
 from gkdcli.data.sources import Problem
 from gkdcli.data.store import build_index, mark_unfinished, setting_differences, written_settings
+from gkdcli.data.video import scaler
 from gkdcli.data.workers import Crashed, Crew, available_cores
 from gkdcli.errors import GkdError, Interrupted
 from gkdcli.files import disk_is_full, free_bytes, human_bytes, locked, stamp, sweep_temporaries
@@ -215,6 +216,7 @@ def _plan(
             size, mtime_ns = stamps[modality]
             if found.get("source_size") == size:
                 _check_settings(parts[modality], json.loads(found["settings"]), data.stored(modality))
+                _check_scaler(parts[modality], found["scaling"], scaler(data))
                 if found["source_mtime_ns"] == mtime_ns:
                     plan.attributes[parts[modality]] = found
                     continue
@@ -349,6 +351,16 @@ def _check_settings(where: Path, old: dict[str, Any], new: dict[str, Any]) -> No
             f"the store was written under other settings: {', '.join(differing)}",
             str(where),
             "name another `dataset` in the preset (`--name` for a folder), or take the old settings",
+        )
+
+
+def _check_scaler(part: Path, old: str, new: str) -> None:
+    """The same setting has meant other pixels before: those of swscale's bicubic filter."""
+    if old not in ("not", new):
+        raise GkdError(
+            f"the store's frames were scaled otherwise: {old}, now {new}",
+            str(part),
+            "name another `dataset` in the preset (`--name` for a folder), or delete this store",
         )
 
 

@@ -44,7 +44,10 @@ def write_problems(path: Path, problems: Sequence[Problem]) -> None:
     if not problems:
         path.unlink(missing_ok=True)
         return
-    lines = ["\t".join(Problem._fields), *("\t".join(cell(str(value)) for value in row) for row in problems)]
+    lines = [
+        "\t".join(Problem._fields),
+        *("\t".join(cell(str(value or "")) for value in row) for row in problems),
+    ]
     write_text(path, "\n".join(lines) + "\n")
 
 

@@ -12,6 +12,7 @@ import av
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from gkdcli.settings import DataSettings
 
@@ -126,11 +127,12 @@ def _imdecode(jpeg: bytes, mode: int) -> Bytes:
 
 
 def rescale(picture: Bytes, width: int, height: int, data: DataSettings) -> Bytes:
-    """To (height, width), by the method that `VideoReader.pictures` uses."""
+    """(H, W, 3) or (H, W) to (height, width), by the method that `scaler` names."""
     if picture.shape[:2] == (height, width):
         return picture
-    method = cv2.INTER_CUBIC if data.size else cv2.INTER_AREA
-    return np.asarray(cv2.resize(picture, (width, height), interpolation=method), np.uint8)
+    if data.size:
+        return np.array(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC), np.uint8)
+    return np.asarray(cv2.resize(picture, (width, height), interpolation=cv2.INTER_AREA), np.uint8)
 
 
 def probe(path: Path) -> VideoInfo:
@@ -185,6 +187,11 @@ def sampled(frames: Iterable[Frame], step: float) -> Iterator[Frame]:
             yield frame
 
 
+def scaler(data: DataSettings) -> str:
+    """What scales frames that need it, in words; other libraries' bicubic gives other pixels."""
+    return "PIL bicubic" if data.size else "area"
+
+
 def scaling_of(info: VideoInfo, data: DataSettings) -> tuple[str, int, int]:
     """How frames are scaled for the store, in words, and their width and height there, in px.
 
@@ -194,7 +201,7 @@ def scaling_of(info: VideoInfo, data: DataSettings) -> tuple[str, int, int]:
     width, height = stored_size(info.width, info.height, data)
     if (width, height) == (info.width, info.height):
         return "not", width, height
-    return ("bicubic" if data.size else "area"), width, height
+    return scaler(data), width, height
 
 
 class VideoReader:
@@ -262,8 +269,8 @@ class VideoReader:
     def pictures(self, data: DataSettings) -> Iterator[Picture]:
         """Yields upright, scaled frames, once.
 
-        With `data.fps` below the video's rate, `sampled` chooses. `data.size` scales bicubically, as the
-        published arrays; `data.short_side` by area.
+        With `data.fps` below the video's rate, `sampled` chooses. `data.size` scales as the published arrays
+        were: whole pictures in RGB, by Pillow's bicubic filter; `data.short_side` by area.
 
         Raises:
             BadVideo: more than a tenth of the video is damaged or missing. It is known at the end.
@@ -271,24 +278,24 @@ class VideoReader:
         assert self._first is not None, "the frames of a video are read once"
         if data.fps and not self.info.fps:
             raise BadVideo("the frame rate is unknown, so frames cannot be chosen by it")
-        method, width, height = self.scaling(data)
+        _, width, height = self.scaling(data)
         scaled = (width, height) if self.info.rotation % 180 == 0 else (height, width)
-        interpolation = "BICUBIC" if method == "bicubic" else "AREA"
         turn = _TURNS.get(self.info.rotation)
         step = max(self.info.fps / data.fps, 1.0) if data.fps else 1.0
-        scaler = av.video.reformatter.VideoReformatter()
+        reformatter = av.video.reformatter.VideoReformatter()
         kept = 0
         for frame in sampled(self._all_frames(), step):
             try:
-                picture: Bytes = scaler.reformat(
-                    frame, *scaled, "bgr24", interpolation=interpolation, threads=1
+                size = (frame.width, frame.height) if data.size else scaled
+                picture: Bytes = reformatter.reformat(
+                    frame, *size, "bgr24", interpolation="AREA", threads=1
                 ).to_ndarray()
             except (av.error.FFmpegError, ValueError) as error:
                 raise BadVideo(f"frames of format {frame.format.name} cannot be scaled: {error}") from None
             if turn is not None:
                 picture = np.asarray(cv2.rotate(picture, turn), np.uint8)
             kept += 1
-            yield Picture(picture)
+            yield Picture(rescale(picture, width, height, data))
         self._check_whole()
         if not kept:
             raise BadVideo(f"too short: not one frame at {data.fps:g} frames/s")

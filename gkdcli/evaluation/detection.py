@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gkdcli.console import counted
 from gkdcli.errors import usage_error
 
 Floats = NDArray[np.float64]
@@ -107,7 +108,7 @@ def _right(truth_group: Ints, truth: Floats, group: Ints, segments: Floats, tiou
     groups and thresholds go on together, in about as many rounds as detections compete for a segment.
     """
     right = np.zeros((len(tious), len(group)), dtype=bool)
-    detection, segment, overlap = _pairs(truth_group, truth, group, segments, tious.min(initial=np.inf))
+    detection, segment, overlap = _ranked(truth_group, truth, group, segments, tious.min(initial=np.inf))
     # the pairs of a detection are neighbours, most overlap first; a threshold cuts each list short
     begin = np.flatnonzero(np.diff(detection, prepend=-1))
     able = detection[begin]  # those that overlap with any
@@ -133,29 +134,42 @@ def _right(truth_group: Ints, truth: Floats, group: Ints, segments: Floats, tiou
     return right
 
 
-def _pairs(
+def _ranked(
     truth_group: Ints, truth: Floats, group: Ints, segments: Floats, least: float
 ) -> tuple[Ints, Ints, Floats]:
-    """Detections and segments of one group that overlap enough: by detection, most overlap first."""
+    """The pairs that overlap enough: by detection, most overlap first."""
+    parts = []
+    for portion in pairs(truth_group, truth, group, segments):
+        kept = np.flatnonzero(portion[2] >= least)
+        parts.append([column[kept] for column in portion])
+    detection, segment, overlap = (np.concatenate(column) for column in zip(*parts, strict=True))
+    order = np.lexsort((-overlap, detection))  # stable: ties in the order of the file
+    return detection[order], segment[order], overlap[order]
+
+
+def pairs(
+    truth_group: Ints, truth: Floats, group: Ints, segments: Floats
+) -> Iterator[tuple[Ints, Ints, Floats]]:
+    """Every detection beside every segment of its group, in portions; a detection is in one portion only.
+
+    Yields:
+        (P,) detections in their order, (P,) segments of each in the order of the file, (P,) their tIoU.
+    """
     by_group = np.argsort(truth_group, kind="stable")
     sorted_group = truth_group[by_group]
     # rows of two numbers are slow to gather
     sorted_truth, columns = np.ascontiguousarray(truth[by_group].T), np.ascontiguousarray(segments.T)
     first = np.searchsorted(sorted_group, group)
     count = np.searchsorted(sorted_group, group, side="right") - first
-    edges = np.flatnonzero(np.diff(np.cumsum(count) // _PAIRS)) + 1
-    parts = []
-    for some in np.split(np.flatnonzero(count), np.searchsorted(np.flatnonzero(count), edges)):
-        many = count[some]
-        detection = np.repeat(some, many)
+    some = np.flatnonzero(count)
+    portion = np.cumsum(count[some]) // _PAIRS
+    for found in np.split(some, np.flatnonzero(np.diff(portion)) + 1):
+        many = count[found]
+        detection = np.repeat(found, many)
         # number of the pair, less that of the detection's first one, plus where its group begins
-        place = np.arange(len(detection)) + np.repeat(first[some] - np.cumsum(many) + many, many)
+        place = np.arange(len(detection)) + np.repeat(first[found] - np.cumsum(many) + many, many)
         overlap = tiou(sorted_truth.take(place, axis=1).T, columns.take(detection, axis=1).T)
-        kept = np.flatnonzero(overlap >= least)
-        parts.append((detection[kept], by_group[place[kept]], overlap[kept]))
-    detection, segment, overlap = (np.concatenate(column) for column in zip(*parts, strict=True))
-    order = np.lexsort((-overlap, detection))  # stable: ties in the order of the file
-    return detection[order], segment[order], overlap[order]
+        yield detection, by_group[place], overlap
 
 
 def tiou_text(value: float) -> str:
@@ -235,6 +249,32 @@ def _duplicates(truth: GroundTruth) -> int:
     """Segments that repeat video, class, start and end of another."""
     rows = np.column_stack([truth.video, truth.labels, truth.segments])
     return len(rows) - len(np.unique(rows, axis=0))
+
+
+def beyond_end(truth: GroundTruth, durations: Floats) -> int:
+    """Segments that lie wholly beyond the end of their video; they count, as in the published evaluation.
+
+    Args:
+        truth: what there is.
+        durations: (V,) seconds, of its videos; 0 where unknown.
+    """
+    end = np.where(durations > 0, durations, np.inf)
+    return int((truth.segments[:, 0] >= end[truth.video]).sum())
+
+
+def remarks(scores: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What the user should know of these scores: what, where, hint."""
+    truth = scores["ground_truth"]
+    if not truth["beyond_end"]:
+        return []
+    segments = counted(truth["beyond_end"], "segment lies", "segments lie")
+    return [
+        (
+            f"{segments} wholly beyond the end of the video, so nothing can find them",
+            f"ground truth {truth['source']}",
+            "they count as missed, as in the published evaluation",
+        )
+    ]
 
 
 def shuffled(detections: Detections, seed: int) -> Detections:

@@ -9,20 +9,26 @@ average precision, detections of unknown videos or classes, and of classes witho
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from gkdcli.evaluation.detection import Bools, Detections, Floats, GroundTruth, Ints
-from gkdcli.evaluation.detection import tiou as overlaps
+from gkdcli.evaluation.detection import Bools, Detections, Floats, GroundTruth, Ints, pairs
 
 KINDS = ("true_positive", "duplicate", "wrong_label", "localisation", "confusion", "background")
 SLICES = 10  # of G detections each
 BACKGROUND_TIOU = 0.1  # a detection that overlaps nothing by this much has seen an action where none is
 THUMOS_EDGES_SEC = (3.0, 6.0, 12.0, 18.0)  # DETAD's bins of THUMOS14
 RECALL_AT = (1, 10)
-_PAIRS = 1 << 21  # compared at once, to bound memory where one video holds most of the set
+
+
+def what_is_wrong(truth: GroundTruth, detections: Detections) -> dict[str, Any]:
+    """Both, as results call them."""
+    return {
+        "false_positives": false_positive_profile(truth, detections),
+        "recall_by_length": recall_by_length(truth, detections),
+    }
 
 
 def false_positive_profile(truth: GroundTruth, detections: Detections, tiou: float = 0.5) -> dict[str, Any]:
@@ -164,9 +170,11 @@ def _match(truth: GroundTruth, detections: Detections, chosen: Ints, tiou: float
     best, own = np.zeros(len(chosen)), np.zeros(len(chosen))
     right = np.zeros(len(chosen), dtype=bool)
     taken_by = np.full(len(truth.labels), -1)
-    for found, begin, segment in _pairs(truth.video, detections.video[chosen]):
-        of = np.repeat(found, np.diff(begin, append=len(segment)))
-        overlap = overlaps(truth.segments[segment], detections.segments[chosen[of]])
+    for of, segment, overlap in pairs(
+        truth.video, truth.segments, detections.video[chosen], detections.segments[chosen]
+    ):
+        begin = np.flatnonzero(np.diff(of, prepend=-1))
+        found = of[begin]
         same = truth.labels[segment] == detections.labels[chosen[of]]
         best[found] = np.maximum.reduceat(overlap, begin)
         own[found] = np.maximum.reduceat(np.where(same, overlap, 0.0), begin)
@@ -176,23 +184,3 @@ def _match(truth: GroundTruth, detections: Detections, chosen: Ints, tiou: float
             if not right[detection] and taken_by[target] < 0:
                 right[detection], taken_by[target] = True, detection
     return _Match(best, own, right, taken_by)
-
-
-def _pairs(truth_video: Ints, video: Ints) -> Iterator[tuple[Ints, Ints, Ints]]:
-    """Every detection beside every segment of its video, in portions, in the order of the detections.
-
-    Yields:
-        (k,) positions of detections whose videos have segments; (k,) where the segments of each begin in the
-        third array; (P,) positions of segments, in the order of the file.
-    """
-    by_video = np.argsort(truth_video, kind="stable")
-    first = np.searchsorted(truth_video[by_video], video)
-    count = np.searchsorted(truth_video[by_video], video, side="right") - first
-    some = np.flatnonzero(count)
-    portion = np.cumsum(count[some]) // _PAIRS
-    for found in np.split(some, np.flatnonzero(np.diff(portion)) + 1):
-        if not len(found):
-            continue
-        many = count[found]
-        begin = np.cumsum(many) - many
-        yield found, begin, by_video[np.arange(many.sum()) + np.repeat(first[found] - begin, many)]

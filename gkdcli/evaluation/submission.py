@@ -12,12 +12,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from gkdcli.console import counted
 from gkdcli.data.action_files import Entry, read_activitynet, readable
 from gkdcli.data.json_keys import Twice, object_or_twice
 from gkdcli.data.names import check_text
 from gkdcli.data.sources import Problem
 from gkdcli.errors import GkdError
-from gkdcli.evaluation.detection import Detections, GroundTruth
+from gkdcli.evaluation.detection import Detections, Floats, GroundTruth
 from gkdcli.files import atomic_path
 
 _HINT = '{"version": TEXT, "results": {VIDEO: [{"label": NAME, "score": S, "segment": [START, END]}]}}'
@@ -31,11 +32,13 @@ class ReadTruth(NamedTuple):
         truth: what is scored against.
         subset: which part of the file that is.
         problems: annotations of it that were left out, or look wrong.
+        durations: (V,) seconds, of its videos; 0 where the file does not say.
     """
 
     truth: GroundTruth
     subset: str
     problems: list[Problem]
+    durations: Floats
 
 
 def read_ground_truth(path: Path) -> ReadTruth:
@@ -53,12 +56,15 @@ def read_ground_truth(path: Path) -> ReadTruth:
         if any(entry.actions for entry in tested.values()):
             aside = {readable(video) for video in database.keys() - tested.keys()}
             problems = [problem for problem in found if problem.video not in aside]
-            return ReadTruth(_truth(tested), next(iter(tested.values())).subset, problems)
+            durations = np.array([entry.duration for entry in tested.values()])
+            return ReadTruth(_truth(tested), next(iter(tested.values())).subset, problems, durations)
     subsets = sorted({entry.subset for entry in database.values()})
+    first = ""
+    if found:
+        first = f"; first of {counted(len(found), 'problem')}: {found[0].video}: {found[0].reason}"
     raise GkdError(
         "no tested video has an action that can be used",
-        f"{path}; subsets: {', '.join(map(readable, subsets)) or 'none'}"
-        + (f"; first of {len(found)} problems: {found[0].video}: {found[0].reason}" if found else ""),
+        f"{path}; subsets: {', '.join(map(readable, subsets)) or 'none'}{first}",
         "the subset that is scored is called test or testing, or else validation",
     )
 

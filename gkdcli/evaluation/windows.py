@@ -6,7 +6,6 @@ import contextlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import h5py
@@ -116,43 +115,52 @@ def count_windows(store: Store, videos: Sequence[int], length: int, stride: int)
 
 
 class WindowFile:
-    """`predictions.h5` of a detector: per video its windows, read one at a time.
+    """`predictions.h5` of a detector: per video its windows, read one at a time; open only while it is read.
 
     Attributes:
+        path: of the file.
         made_with: identifies store, weights and settings; plain values.
         names: of the videos, in the order of the file.
+
+    Raises:
+        GkdError: there is none, or it is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
             raise GkdError("there are no saved predictions to score again", str(path), "drop --rescore once")
         self.path = path
-        try:
-            self._file = h5py.File(path, "r", locking=False)
-            self.made_with = {name: plain_value(value) for name, value in self._file.attrs.items()}
-            self.names: list[str] = self._file["names"].asstr(errors="surrogateescape")[:].tolist()
-        except _UNREADABLE as error:
-            raise _damaged(path, error) from None
+        with self._opened() as file:
+            self.made_with, self.names = _contents(file)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, number: int) -> VideoWindows:
         """The windows of a video, by its place in `names`."""
-        try:
-            group = self._file[f"videos/{number}"]
+        with self._opened() as file:
+            if _contents(file) != (self.made_with, self.names):
+                what = "the saved predictions have changed while they were read"
+                raise GkdError(what, str(self.path), "another command evaluates the same run; wait for it")
+            group = file[f"videos/{number}"]
             heads = Heads(*(group[name][:] for name in Heads._fields))
             return VideoWindows(self.names[number], float(group.attrs["fps"]), group["offsets"][:], heads)
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[h5py.File]:
+        try:
+            with h5py.File(self.path, "r", locking=False) as file:
+                yield file
         except _UNREADABLE as error:
-            raise _damaged(self.path, error) from None
+            raise GkdError(
+                f"the saved predictions are damaged: {error}", str(self.path), "drop --rescore once"
+            ) from None
 
-    def __enter__(self) -> WindowFile:
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._file.close()
+def _contents(file: h5py.File) -> tuple[dict[str, Any], list[str]]:
+    """What the predictions were made with, and the names of the videos."""
+    made_with = {name: plain_value(value) for name, value in file.attrs.items()}
+    return made_with, file["names"].asstr(errors="surrogateescape")[:].tolist()
 
 
 def save_windows(path: Path, videos: Iterable[VideoWindows], made_with: Mapping[str, Any]) -> None:
@@ -174,7 +182,3 @@ def save_windows(path: Path, videos: Iterable[VideoWindows], made_with: Mapping[
             names.append(video.name.encode("utf-8", "surrogateescape"))
         file["names"] = np.array(names, dtype=h5py.string_dtype())
         file.attrs.update(made_with)
-
-
-def _damaged(path: Path, error: Exception) -> GkdError:
-    return GkdError(f"the saved predictions are damaged: {error}", str(path), "drop --rescore once")

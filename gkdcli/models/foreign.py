@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from gkdcli.console import counted
 from gkdcli.errors import GkdError
 from gkdcli.models.i3d import ENDPOINTS
 from gkdcli.models.weights import Fit, fit, read_file, require_fit
@@ -223,7 +224,7 @@ class Contents:
         first = f", the first is `{self.names[0]}`" if self.names else ""
         raise GkdError(
             f"nothing in these weights is an I3D backbone: no tensor is called `{_STEM}`",
-            f"{self.path}, {len(self.names)} tensors{first}",
+            f"{self.path}, {counted(len(self.names), 'tensor')}{first}",
             "public files for I3D are called rgb_imagenet.pt and flow_imagenet.pt",
         )
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from gkdcli.console import counted
 from gkdcli.errors import GkdError
 from gkdcli.models.foreign import load_backbone, looks_like, state_dicts
 from gkdcli.models.network import Network
@@ -69,7 +70,7 @@ def _other_kind(wanted: str, kind: str, tensors: dict[str, Tensor], path: Path) 
         hints.append(f"`--set model.teacher={kind}` (or model.student) builds a backbone for this one")
     return GkdError(
         f"these weights are no {wanted} backbone" + (f"; they look like {kind}" if kind else ""),
-        f"{path}, {len(tensors)} tensors" + (f", the first is `{first}`" if first else ""),
+        f"{path}, {counted(len(tensors), 'tensor')}" + (f", the first is `{first}`" if first else ""),
         "; ".join(hints),
     )
 
@@ -97,6 +98,6 @@ def told(found: Fit) -> str:
     odd = [*found.missing, *(entry[0] for entry in found.wrong_shape)]
     fresh = sorted({name.rpartition(".")[0] for name in odd})
     lists = (("fresh", fresh), ("not taken", found.unexpected))
-    return f"{len(found.loaded)} tensors" + "".join(
+    return counted(len(found.loaded), "tensor") + "".join(
         f"; {title}: {', '.join(names)}" for title, names in lists if names
     )

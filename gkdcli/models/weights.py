@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from gkdcli.console import counted
 from gkdcli.errors import GkdError
 from gkdcli.files import atomic_path
 
@@ -230,7 +231,7 @@ def require_fit(result: Fit, where: str, whom: str = "network") -> None:
     if result.complete:
         return
     shapes, missing, unexpected = len(result.wrong_shape), len(result.missing), len(result.unexpected)
-    noun = "1 tensor has another shape" if shapes == 1 else f"{shapes} tensors have another shape"
+    noun = counted(shapes, "tensor has another shape", "tensors have another shape")
     hint = "name a file of the same network, clip length, crop, width (`--set model.width=...`) and classes"
     if result.wrong_shape:
         name, got, wanted = result.wrong_shape[0]

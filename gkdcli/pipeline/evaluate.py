@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -75,6 +75,8 @@ def evaluate(
     fused, payload = _scored(streams)
     if compare:
         payload["runs"] = _comparison(places, console, stores)
+    for remark in task_of(found[0].settings).remarks(payload):
+        console.warn(*remark)
     name = "report" if len(streams) == 1 else "fusion"
     write_json(found[0].folder / f"{name}.json", jsonable(payload))
     task, first = task_of(found[0].settings), streams[0]
@@ -155,9 +157,7 @@ def _streams(
     found = []
     for place, store, run in zip(places, stores, runs, strict=True):
         videos = split_videos(store, place, "test")
-        # the released fused test of detection gives flow no attention (METHOD.md 5)
-        plain = len(places) > 1 and place.modality == "flow" and run.record["recipe"] == "official"
-        plain = plain and place.settings.task == "detection"
+        plain = len(places) > 1 and task_of(run.settings).fuses_plain(run)
         predictions = _predictions(place, console, run, store, videos, saved, plain)
         found.append(_Stream(place, store, run, videos, predictions, plain))
     return found
@@ -169,18 +169,16 @@ def _predictions(
     """What a run's network says of some videos; of the `plain` features even where it has an attention."""
     task, settings = task_of(run.settings), place.settings
     path = run.folder / f"predictions{'-plain' if plain else ''}.h5"
-    made_with = {"fingerprint": store.fingerprint, "weights": digest(run.weights)}
-    if settings.task == "detection":
-        made_with["stride"] = str(settings.eval.stride)
+    made_with = {"fingerprint": store.fingerprint, "weights": digest(run.weights), **task.seen_by(settings)}
     if saved != "never":
         kept = None
         with contextlib.nullcontext() if saved == "must" else contextlib.suppress(GkdError):
             kept = task.load(path)
-        if kept and {key: kept.made_with.get(key) for key in made_with} == made_with:
+        if kept is not None and {key: kept.made_with.get(key) for key in made_with} == made_with:
             return kept
         if saved == "must":
             raise GkdError(
-                "the saved predictions are of another store, other weights or another stride",
+                f"the saved predictions are of another {_unlike(made_with, kept.made_with)}",
                 str(path),
                 "drop --rescore once",
             )
@@ -191,6 +189,11 @@ def _predictions(
     progress = partial(console.progress, f"evaluate {run.folder.name}")
     task.predict_run(path, run, network, store, videos, settings, made_with, device, progress)
     return task.load(path)
+
+
+def _unlike(wanted: Mapping[str, str], found: Mapping[str, str]) -> str:
+    names = {"fingerprint": "store", "weights": "network"}
+    return " and another ".join(names.get(key, key) for key in wanted if found.get(key) != wanted[key])
 
 
 def _scored(streams: Sequence[_Stream]) -> tuple[Any, dict[str, Any]]:

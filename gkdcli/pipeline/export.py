@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from gkdcli.console import Console
 from gkdcli.data.store import Store
 from gkdcli.errors import GkdError
-from gkdcli.export import graph_session, write_export
+from gkdcli.export import Graph, write_export
 from gkdcli.pipeline.lookup import find_run, open_store, split_videos
 from gkdcli.result import Result
 from gkdcli.runs import Place, Run
@@ -36,25 +37,27 @@ def export(
     if dry_run:
         return Result({"run": str(run.folder), "formats": formats, "folder": str(folder)}, str(run.folder))
     network = rebuild(run)
-    payload = write_export(run, network, place.settings.export, formats, folder)
-    if place.settings.task == "detection" and "onnx" in formats:
-        payload["whole_videos"] = _on_whole_videos(place, run, network, store, Path(payload["onnx"]["file"]))
+    check = None
+    if place.settings.task == "detection":
+        check = partial(_on_whole_videos, place, run, network, store, folder)
+    payload = write_export(run, network, place.settings.export, formats, folder, check)
     return Result(payload, str(run.folder), next=f"the card is {folder / 'README.md'}")
 
 
-def _on_whole_videos(place: Place, run: Run, network: Any, store: Store, graph: Path) -> dict[str, Any]:
+def _on_whole_videos(
+    place: Place, run: Run, network: Any, store: Store, folder: Path, graph: Graph
+) -> dict[str, Any]:
     """Detections of the graph beside those of the live network.
 
     Raises:
         GkdError: they are not the same.
     """
-    session = graph_session(graph)
     videos = split_videos(store, place, "test")[:_CHECKED]
-    found = agreement([network, session], store, videos, run, place.settings)
+    found = agreement([network, graph], store, videos, run, place.settings)
     if found["found_again"] < _AGREE:
         raise GkdError(
             f"the graph finds {found['found_again']:.1%} of what the live network finds in whole videos",
-            str(graph),
-            "do not use it; another `--set export.opset=...` may do",
+            str(folder / "model.onnx"),
+            "nothing was written; another `--set export.opset=...` may do",
         )
     return found

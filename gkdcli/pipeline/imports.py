@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,11 +20,11 @@ from gkdcli.models.cost import cost
 from gkdcli.models.foreign import Contents, Found, backbone_kind, first_kernel, kernel, open_weights
 from gkdcli.models.i3d import TAP_STRIDES
 from gkdcli.models.network import build_cvae
-from gkdcli.models.weights import Fit, load_tensors, require_fit, save_tensors, times
+from gkdcli.models.weights import Fit, load_metadata, load_tensors, require_fit, save_tensors, times
 from gkdcli.resolve import to_toml
 from gkdcli.result import Result
 from gkdcli.runs import SCHEMA, Place, Run, version
-from gkdcli.settings import CHANNELS, Role, Settings
+from gkdcli.settings import CHANNELS, ModelSettings, Role, Settings
 from gkdcli.tasks.trained import ROLE, task_of
 
 STAGE = {role: stage for stage, role in ROLE.items()}
@@ -93,7 +93,7 @@ def import_weights(place: Place, console: Console, *, file: Path, model: str | N
 
 def plan_import(place: Place, file: Path, model: str | None = None) -> Entry:
     """Reads a file and fits it; nothing is written. Arguments and errors as of `import_weights`."""
-    contents = open_weights(file)
+    contents, place = open_weights(file), _as_its_card_says(place, file)
     if contents.task not in (None, place.settings.task):
         raise GkdError(
             f"this is a checkpoint of {contents.task}; {place.settings.name} is {place.settings.task}",
@@ -103,6 +103,18 @@ def plan_import(place: Place, file: Path, model: str | None = None) -> Entry:
     if contents.network is None and contents.generators is not None:
         return _plan_generators(place, contents, contents.generators, model)
     return _plan_network(place, contents, contents.require_network(), model)
+
+
+def _as_its_card_says(place: Place, file: Path) -> Place:
+    """With the network's width that the card in our own export states, unless one was given by hand."""
+    if file.suffix != ".safetensors" or "model.width" in place.explicit:
+        return place
+    try:
+        width = json.loads(load_metadata(file)["card"])["width"]
+        model = ModelSettings.model_validate(place.settings.model.model_dump() | {"width": width})
+    except (KeyError, TypeError, ValueError):  # someone else's
+        return place
+    return replace(place, settings=place.settings.model_copy(update={"model": model}))
 
 
 def _plan_network(place: Place, contents: Contents, found: Found, model: str | None) -> Entry:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from gkdcli.console import Console
+from gkdcli.console import Console, counted
 from gkdcli.data.annotations import Listing, read_list, scan_folder
 from gkdcli.data.cluster import Cluster
 from gkdcli.data.demo import CLASSES, draw_videos
@@ -89,14 +89,16 @@ def prepare(
         return _plan(place, shard.share(listing, modalities) if shard else listing, folder, modalities)
     if not listing.sources:
         raise GkdError(
-            f"none of the {len(listing.rejects)} listed videos can be used",
+            f"none of the {counted(len(listing.rejects), 'listed video')} can be used",
             f"looked under {folder}; first: {listing.rejects[0][0]}, {listing.rejects[0][1]}",
             "name the folder of the videos, `--annotations` the lists; `--dry-run` lists what is missing",
         )
     if listing.ignored and settings.data.source != "drawn":
-        console.note(f"{listing.ignored} files in {folder} are no videos by their extension and were ignored")
+        ignored = counted(listing.ignored, "file that is no video", "files that are no videos")
+        console.note(f"ignored in {folder}: {ignored} by extension")
     if listing.unlisted:
-        console.note(f"{listing.unlisted} videos in {folder} are in no list and were ignored")
+        unlisted = counted(listing.unlisted, "video that is in no list", "videos that are in no list")
+        console.note(f"ignored in {folder}: {unlisted}")
     if (frames or arrays) is not None and "flow" in modalities:
         console.note(
             f"{'images' if frames else 'arrays'} of flow, where there are any, are taken as they are: as"
@@ -231,15 +233,14 @@ def _untrimmed(
                 "the store can be prepared, but training and evaluation need one subset each",
             )
             continue
-        console.note(
-            f"annotations for {subset}ing: {found.files[subset]}: {truth.videos} videos, {truth.segments}"
-            f" segments, {truth.duplicates} duplicates (`--annotations PATH` names others)"
+        counts = ", ".join(
+            counted(getattr(truth, f"{one}s"), one) for one in ("video", "segment", "duplicate")
         )
+        said = f"annotations for {subset}ing: {found.files[subset]}: {counts}"
+        console.note(f"{said} (`--annotations PATH` names others)")
         if truth.without:
-            console.note(
-                f"{len(truth.without)} listed {subset} videos are not in it, so they have no ground truth:"
-                f" {_first_few(truth.without)}"
-            )
+            without = counted(len(truth.without), f"listed {subset} video is", f"listed {subset} videos are")
+            console.note(f"{without} not in it, so without ground truth: {_first_few(truth.without)}")
     return listing
 
 
@@ -368,9 +369,8 @@ def _result(place: Place, console: Console, listing: Listing, report: Report) ->
     if listing.ground_truth is not None:
         payload |= _said_problems(place, console, report)
     if report.unlisted:
-        console.note(
-            f"{report.unlisted} parts belong to videos that are no longer listed; they are not in the index"
-        )
+        parts = counted(report.unlisted, "part belongs to a video", "parts belong to videos")
+        console.note(f"{parts} no longer listed: left out of the index")
     then = f"next: `{place.command('pretrain-attention')}`"
     if not report.rejected:
         return Result(payload, next=then)
@@ -393,7 +393,7 @@ def _said_problems(place: Place, console: Console, report: Report) -> dict[str, 
         first = report.problems[0]
         line = f" line {first.line}" if first.line else ""
         console.warn(
-            f"{len(report.problems)} problems of the annotations",
+            f"{counted(len(report.problems), 'problem')} of the annotations",
             f"{table}; first: {first.file}{line}, {first.video or 'no video'}: {first.reason}",
             "each is in that table, with what was done about it; the store works as it is",
         )
@@ -404,4 +404,5 @@ def _said_problems(place: Place, console: Console, report: Report) -> dict[str, 
 
 
 def _problem_rows(problems: Sequence[Problem], shown: int) -> dict[str, Any]:
-    return {"problems": len(problems), "first_problems": [row._asdict() for row in problems[:shown]]}
+    rows = [row._asdict() | {"line": row.line or None} for row in problems[:shown]]
+    return {"problems": len(problems), "first_problems": rows}

@@ -5,14 +5,23 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from gkdcli.console import Console
+from gkdcli.console import Console, counted
 from gkdcli.errors import ExitCode, GkdError, usage_error
-from gkdcli.evaluation.detection import USUAL_TIOU, detection_scores, shuffled, tiou_text
+from gkdcli.evaluation.detection import (
+    USUAL_TIOU,
+    beyond_end,
+    detection_scores,
+    remarks,
+    shuffled,
+    tiou_text,
+)
+from gkdcli.evaluation.profile import what_is_wrong
 from gkdcli.evaluation.scores import check_requirements, parse_requirement
 from gkdcli.evaluation.submission import read_ground_truth, read_submission
 from gkdcli.files import digest, write_json
 from gkdcli.result import Result, jsonable
 from gkdcli.runs import Place
+from gkdcli.tasks.detection_pictures import draw_found
 
 _NAMES = ("thumos_gt.json", "annotations.json")  # the published one, and what the drawn set brings along
 
@@ -35,7 +44,7 @@ def score_file(
         predictions: a submission, .json or .json.gz.
         ground_truth: ActivityNet JSON; None to look for it under `datasets/<dataset>/`.
         require: `average_map>=0.3`, `map.0.5>=0.3` and the like.
-        output: where to write the scores as JSON.
+        output: where to write the scores as JSON; pictures of what is wrong go beside it.
         dry_run: read both files and score nothing.
 
     Raises:
@@ -53,7 +62,7 @@ def score_file(
         first = read.problems[0]
         at = f"{first.video} annotation {first.line}" if first.line else first.video
         console.warn(
-            f"{len(read.problems)} annotations of the ground truth look wrong",
+            f"{counted(len(read.problems), 'annotation')} of the ground truth may be wrong",
             f"{source}; first: {at}: {first.reason}",
             "all scores are of what is left",
         )
@@ -74,14 +83,18 @@ def score_file(
         }
         return Result(protocol | counts)
     scores = detection_scores(read.truth, found, settings.eval.tiou, source.name)
+    scores["ground_truth"]["beyond_end"] = beyond_end(read.truth, read.durations)
     by_chance = detection_scores(read.truth, shuffled(found, settings.train.seed), settings.eval.tiou)
     payload: dict[str, Any] = {
         "average_map": scores["average_map"],
         "average_map_official": scores["average_map_official"],
         "average_map_of_shuffled_scores": by_chance["average_map"],
         **scores,
+        **what_is_wrong(read.truth, found),
         "protocol": protocol | {"averaged_over": ",".join(map(tiou_text, settings.eval.tiou or USUAL_TIOU))},
     }
+    for remark in remarks(scores):
+        console.warn(*remark)
     if not scores["ground_truth"]["detections_used"]:
         console.warn(
             "no detection is of a video and a class that the ground truth knows",
@@ -90,6 +103,8 @@ def score_file(
         )
     if output is not None:
         write_json(output, jsonable(payload))
+        pictures = draw_found(payload, read.truth, found, read.durations, output.parent, f"{output.stem}-")
+        console.note(f"pictures: {', '.join(map(str, pictures))}")
     error = check_requirements(payload, requirements)
     return Result(payload, None, error.code if error else ExitCode.DONE, error)
 

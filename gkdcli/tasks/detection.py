@@ -13,6 +13,7 @@ from torch import Tensor
 from gkdcli.data.store import Store
 from gkdcli.data.window_clips import WindowDataset
 from gkdcli.errors import GkdError
+from gkdcli.evaluation.detection import remarks
 from gkdcli.losses.boundary import boundary_contrast, boundary_loss
 from gkdcli.losses.segments import HeadOutputs, Targets, background_loss, segment_losses
 from gkdcli.models.boundary import boundary_max_pool, proposal_segments
@@ -23,11 +24,13 @@ from gkdcli.tasks.detection_scores import (
     SUMMARY,
     agreement,
     draw,
+    fuses_plain,
     held_out_score,
     load,
     predict_run,
     protocol,
     score,
+    seen_by,
     write_output,
 )
 from gkdcli.training.noise import Noise
@@ -39,11 +42,14 @@ __all__ = [
     "agreement",
     "build_network",
     "draw",
+    "fuses_plain",
     "held_out_score",
     "load",
     "predict_run",
     "protocol",
+    "remarks",
     "score",
+    "seen_by",
     "supervised_terms",
     "training_set",
     "write_output",

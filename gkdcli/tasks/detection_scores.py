@@ -14,9 +14,17 @@ from gkdcli.console import Progress, Ticker
 from gkdcli.data.store import Store
 from gkdcli.errors import GkdError
 from gkdcli.evaluation.decode import decode, fuse_heads
-from gkdcli.evaluation.detection import Detections, GroundTruth, class_priors, detection_scores, shuffled
+from gkdcli.evaluation.detection import (
+    Detections,
+    Floats,
+    GroundTruth,
+    beyond_end,
+    class_priors,
+    detection_scores,
+    shuffled,
+)
 from gkdcli.evaluation.nms import soft_nms
-from gkdcli.evaluation.profile import false_positive_profile, recall_by_length
+from gkdcli.evaluation.profile import what_is_wrong
 from gkdcli.evaluation.submission import write_submission
 from gkdcli.evaluation.windows import (
     Forward,
@@ -27,14 +35,13 @@ from gkdcli.evaluation.windows import (
     save_windows,
 )
 from gkdcli.models.detector import Detector, priors
-from gkdcli.report_detection import Timeline, draw_profile, draw_timelines
 from gkdcli.runs import Run
 from gkdcli.settings import ClipSettings, Settings
+from gkdcli.tasks.detection_pictures import draw_found
 
 SCORE = "average_map"  # what validation gives
 SUMMARY = ("average_map", "average_map_official")
 load = WindowFile
-_SHOWN = 3  # videos in the picture of timelines
 
 
 def held_out_score(
@@ -95,30 +102,31 @@ def score(
     scores = detection_scores(truth, known, tiou, stated.get("file", ""))
     # of what the file states, some videos may not be in the store
     scores["ground_truth"] |= {f"{key}_in_file": stated.get(key) for key in ("videos", "segments")}
+    scores["ground_truth"]["beyond_end"] = beyond_end(truth, _durations(store, videos, truth))
     by_chance = detection_scores(truth, shuffled(known, settings.train.seed), tiou)
     priors_alone = detection_scores(truth, _class_priors(store, videos, truth), tiou)
     averages = {
         "average_map_of_shuffled_scores": by_chance["average_map"],
         "average_map_of_class_priors": priors_alone["average_map"],
     }
-    wrong = {
-        "false_positives": false_positive_profile(truth, known),
-        "recall_by_length": recall_by_length(truth, known),
-    }
-    return scores | averages | wrong, detections
+    return scores | averages | what_is_wrong(truth, known), detections
 
 
 def _class_priors(store: Store, videos: Sequence[int], truth: GroundTruth) -> Detections:
     """What someone finds who knows only how frequent and how long the training videos' actions are."""
-    known, tested = set(truth.videos), set(videos)
+    tested = set(videos)
     actions = [
         one for video in range(len(store.videos)) if video not in tested for one in store.segments[video]
     ]
     labels = np.array([one.label for one in actions], np.int64)
     lengths = np.array([one.end - one.start for one in actions], np.float64)
-    rows = (store.videos[video] for video in videos)
-    durations = np.array([row.frames / row.fps for row in rows if row.name in known])
-    return class_priors(labels, lengths, durations)
+    return class_priors(labels, lengths, _durations(store, videos, truth))
+
+
+def _durations(store: Store, videos: Sequence[int], truth: GroundTruth) -> Floats:
+    """(V,) seconds, of the videos of the ground truth."""
+    known, rows = set(truth.videos), (store.videos[video] for video in videos)
+    return np.array([row.frames / row.fps for row in rows if row.name in known])
 
 
 def _of_known(detections: Detections, truth: GroundTruth, store: Store, videos: Sequence[int]) -> Detections:
@@ -140,17 +148,9 @@ def draw(
     scores: Mapping[str, Any], found: Detections, store: Store, videos: list[int], folder: Path, name: str
 ) -> None:
     """What is wrong, and timelines of the first videos with actions."""
-    draw_profile(scores["false_positives"], scores["recall_by_length"], folder / f"{name}profile.png")
-    shown = [place for place, video in enumerate(videos) if store.segments[video]][:_SHOWN]
-    lines = []
-    for place in shown:
-        row, actions = store.videos[videos[place]], store.segments[videos[place]]
-        own = found.video == place
-        columns = (found.segments[own].tolist(), found.labels[own].tolist(), found.scores[own].tolist())
-        seen = [(*span, store.classes[label], score) for span, label, score in zip(*columns, strict=True)]
-        truth = [(one.start, one.end, store.classes[one.label]) for one in actions]
-        lines.append(Timeline(row.name, truth, seen, row.frames / row.fps))
-    draw_timelines(lines, folder / f"{name}timelines.png")
+    truth = _truth(store, videos)
+    known = _of_known(found, truth, store, videos)
+    draw_found(scores, truth, known, _durations(store, videos, truth), folder, name)
 
 
 def agreement(
@@ -222,6 +222,16 @@ def protocol(run: Run, settings: Settings) -> dict[str, Any]:
         "score_threshold": chosen.score_threshold,
         "top_k": chosen.top_k,
     }
+
+
+def seen_by(settings: Settings) -> dict[str, str]:
+    """What of the settings saved predictions depend on."""
+    return {"stride": str(settings.eval.stride)}
+
+
+def fuses_plain(run: Run) -> bool:
+    """Whether fusion takes the plain feature, as the released fused test does of flow (METHOD.md 5)."""
+    return bool(run.record["modality"] == "flow" and run.record["recipe"] == "official")
 
 
 def _windows(

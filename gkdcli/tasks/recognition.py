@@ -141,9 +141,24 @@ def score(
     return recognition_scores(fused.logits, fused.labels, store.classes, run.record["recipe"]), fused
 
 
+def remarks(scores: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+    """What the user should know of the scores: nothing."""
+    return []
+
+
 def protocol(run: Run, settings: Settings) -> dict[str, Any]:
     """What of a video was seen."""
     return {"views": "middle window, centre crop"}
+
+
+def seen_by(settings: Settings) -> dict[str, str]:
+    """What of the settings saved predictions depend on: nothing."""
+    return {}
+
+
+def fuses_plain(run: Run) -> bool:
+    """Whether fusion takes the plain feature of a network with attention: its own choice counts there too."""
+    return False
 
 
 def write_output(

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from gkdcli.console import counted
 from gkdcli.data.batches import Clips
 from gkdcli.data.store import Store
 from gkdcli.errors import GkdError, usage_error
@@ -35,7 +36,10 @@ class Task(Protocol):
     load: Callable[[Path], Any]
     predict_run: Callable[..., None]
     score: Callable[..., tuple[dict[str, Any], Any]]
+    remarks: Callable[[Mapping[str, Any]], Sequence[tuple[str, str, str]]]
     protocol: Callable[[Run, Settings], dict[str, Any]]
+    seen_by: Callable[[Settings], dict[str, str]]
+    fuses_plain: Callable[[Run], bool]
     write_output: Callable[..., None]
     draw: Callable[..., None]
 
@@ -138,7 +142,7 @@ def start_student(student: Network, init: str, teacher: Network | None, root: Pa
         _require_backbone(found, source)
     fresh = len(found.missing) + len(found.wrong_shape)
     rest = f", {fresh} left fresh: {_first_names(found)}" if fresh else ""
-    return f"{len(found.loaded)} tensors from {source}{rest}"
+    return f"{counted(len(found.loaded), 'tensor')} from {source}{rest}"
 
 
 def weights_at(path: Path) -> Path:
@@ -156,7 +160,7 @@ def weights_at(path: Path) -> Path:
     if not complete:
         raise usage_error(
             f"there is no complete run in `{path}`",
-            f"it holds {len(runs)} runs",
+            f"it holds {counted(len(runs), 'run')}",
             "name a run folder, a folder of runs such as runs/demo/pretrain-attention-rgb, or a weights file",
         )
     return complete[-1].weights

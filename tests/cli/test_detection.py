@@ -121,7 +121,7 @@ def test_saved_predictions_are_scored_again_with_other_settings(gkd: Gkd, scored
     assert fewer["ground_truth"]["detections"] == 2 * 6 * 3  # videos x classes
     refused = gkd("evaluate", PRESET, "--root", scored, "--rescore", "--set", "eval.stride=32")
     assert refused.code == 1
-    assert "another stride" in refused.err
+    assert "the saved predictions are of another stride\n" in refused.err
 
 
 def test_the_written_file_scores_the_same_without_store_or_network(
@@ -429,6 +429,24 @@ def test_an_export_finds_the_same_actions_without_gkd(
     quoted = (out / "README.md").read_text().split("```python\n")[1].split("```")[0]
     assert [line for line in quoted.splitlines() if line[:1].isalpha()][:5] == CARD_NEEDS
     assert_same_detections(found, expected[video.name])
+
+
+def test_a_graph_that_finds_other_actions_in_whole_videos_is_not_written(
+    gkd: Gkd, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of it: an older export stays whole, its card and weights with its graph."""
+    from gkdcli.pipeline import export
+
+    agreement, out = export.agreement, tmp_path / "out"
+    monkeypatch.setattr(export, "agreement", lambda *given: agreement(*given) | {"found_again": 0.5})
+    older = {name: name.encode() for name in ("model.onnx", "model.safetensors", "card.json")}
+    out.mkdir()
+    for name, content in older.items():
+        (out / name).write_bytes(content)
+    refused = gkd("export", PRESET, "--root", scored, "--format", "onnx", "--out", out)
+    assert refused.code == 1
+    assert "the graph finds 50.0% of what the live network finds in whole videos" in refused.err
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == older
 
 
 def assert_same_detections(found: list[Any], expected: list[Any]) -> None:

@@ -15,7 +15,12 @@ import pytest
 import torch
 import torchvision
 
-from gkdcli.models.weights import load_tensors
+from gkdcli.errors import GkdError
+from gkdcli.models.weights import load_tensors, save_tensors
+from gkdcli.pipeline.imports import plan_import
+from gkdcli.resolve import resolve
+from gkdcli.runs import Place
+from gkdcli.tasks.recognition import build_network
 from tests.conftest import borrow, run_gkd
 from tests.published import nested, published_names, tiny_generators, tiny_network
 
@@ -172,6 +177,25 @@ def test_runs_of_ones_own_come_first_and_safetensors_of_runs_are_taken_whole(tin
     wanted = {n: v for n, v in load_tensors(teacher).items() if not n.startswith("optim.")}
     assert same(kept, wanted)
     assert {name.split(".")[0] for name in kept} == {"network", "generator"}
+
+
+def test_our_own_export_says_its_width(tmp_path: Path) -> None:
+    """It is in the card that the file carries; another one named by hand is taken, and does not fit."""
+    page = resolve("demo-tiny", stage="distill", modality="rgb", root=tmp_path).settings
+    model = page.model.model_copy(update={"width": 0.125})
+    assert model != page.model
+    network = build_network(page.model_copy(update={"model": model}), "student", 5, "rgb")
+    file = tmp_path / "model.safetensors"
+    save_tensors(file, dict(network.state_dict()), {"card": json.dumps({"width": 0.125})})
+    entry = plan_import(Place(tmp_path, page), file)
+    assert entry.whole
+    assert (entry.settings.model, entry.record["class_count"]) == (model, 5)
+    with pytest.raises(GkdError, match="do not fit"):
+        plan_import(Place(tmp_path, page, explicit=frozenset({"model.width"})), file)
+    for foreign in ("no JSON", "[]", '{"width": "wide"}', '{"width": -1}'):
+        save_tensors(file, dict(network.state_dict()), {"card": foreign})
+        with pytest.raises(GkdError, match="do not fit"):
+            plan_import(Place(tmp_path, page), file)
 
 
 # ---- files of which not everything fits ----

@@ -135,7 +135,7 @@ def test_videos_outside_the_json_are_stored_without_ground_truth(gkd: Gkd, root:
     folder = root / "datasets" / "thumos14" / "annotations"
     write_json(folder / "thumos_gt.json", {"test": {first: TEST[first]}})
     done = gkd("prepare", "thumos14", "--root", root).must()
-    assert f"1 listed test videos are not in it, so they have no ground truth: {second}" in done.err
+    assert f"1 listed test video is not in it, so without ground truth: {second}" in done.err
     store = Store.open(root / "stores" / "thumos14" / "rgb.h5")
     assert store.split(1, "test") == [0, 1]
     assert [len(found) for found in store.segments[:2]] == [1, 0]
@@ -167,7 +167,7 @@ def test_every_misfit_is_told_and_none_ends_the_run(gkd: Gkd, root: Path) -> Non
     assert done.code == 3
     result = done.json["result"]
     assert (result["rejected"], result["unlisted"], result["videos"]) == (1, 0, 3)
-    assert "1 videos in " in done.err
+    assert "1 video that is in no list" in done.err
     rejected = (root / "stores" / "thumos14" / "rgb.rejected.tsv").read_text()
     assert "video_test_0000001.mp4\tthere is no such file; it is annotated" in rejected
     told = {(Path(file).name, line, reason) for file, line, _, reason in _problems(root)}
@@ -183,19 +183,21 @@ def test_every_misfit_is_told_and_none_ends_the_run(gkd: Gkd, root: Path) -> Non
         (csv, "4", "Diving from 1.5 to 9 s is beyond the end, 2.0 s; kept as it is"),
         (
             "test_video_info.csv",
-            "0",
+            "",
             "40 sampled frames are annotated, 20 are stored; of the source, 120 and 60",
         ),
-        (info, "0", "40 sampled frames are annotated, 20 are stored; of the source, 120 and 20"),
-        (info, "0", "30 frames/s are annotated, the video has 5"),
+        (info, "", "40 sampled frames are annotated, 20 are stored; of the source, 120 and 20"),
+        (info, "", "30 frames/s are annotated, the video has 5"),
         (
             "val_Annotation_ours.csv",
-            "0",
+            "",
             "the video has 5 frames/s, under 10, every frame is kept; its times follow its own rate",
         ),
     }
     assert result["problems"] == len(told) == len(_problems(root))
-    assert len(result["first_problems"]) == 5
+    assert [row["line"] for row in result["first_problems"]] == [
+        int(row[1]) if row[1] else None for row in _problems(root)[:5]
+    ]
     assert f"{len(told)} problems of the annotations" in done.err
     store = Store.open(root / "stores" / "thumos14" / "rgb.h5")
     rows = {row.name: (place, row) for place, row in enumerate(store.videos)}
@@ -285,7 +287,7 @@ def test_a_stated_duration_that_is_wrong_is_told(gkd: Gkd, tmp_path: Path) -> No
     words = ("prepare", "own-detection", tmp_path / "films", "--annotations", lists, "--name", "mine")
     gkd(*words, "--root", tmp_path).must()
     assert [row[1:] for row in _problems(tmp_path, "mine")] == [
-        ["0", "a", "30 s are annotated, the video has 3.0 s"]
+        ["", "a", "30 s are annotated, the video has 3.0 s"]
     ]
 
 

@@ -85,6 +85,31 @@ def test_ground_truth_is_found_under_the_data_set(gkd: Gkd, files: tuple[Path, P
     assert "--ground-truth FILE.json" in refused.err
 
 
+def test_what_is_wrong_is_told_as_of_networks(gkd: Gkd, files: tuple[Path, Path], tmp_path: Path) -> None:
+    result = (
+        gkd("evaluate", "thumos14", "--root", tmp_path, "--predictions", files[0], "--json")
+        .must()
+        .json["result"]
+    )
+    profile, recall = result["false_positives"], result["recall_by_length"]
+    assert (profile["tiou"], profile["segments"], profile["detections"]) == (0.5, 3, 3)
+    assert profile["slices"][0]["shares"] == pytest.approx(
+        {"true_positive": 2 / 3, "background": 1 / 3}
+        | dict.fromkeys(("duplicate", "wrong_label", "localisation", "confusion"), 0)
+    )
+    assert recall["recall"]["10G"] == pytest.approx(2 / 3)
+    assert [row["segments"] for row in recall["bins"]] == [0, 1, 2, 0, 0]
+
+
+def test_pictures_lie_beside_the_output(gkd: Gkd, files: tuple[Path, Path], tmp_path: Path) -> None:
+    output = tmp_path / "scored" / "scores.json"
+    words = ("evaluate", "thumos14", "--root", tmp_path, "--predictions", files[0], "--output", output)
+    err = gkd(*words).must().err
+    pictures = [output.parent / f"scores-{name}.png" for name in ("profile", "timelines")]
+    assert sorted(output.parent.iterdir()) == sorted([output, *pictures])
+    assert all(path.read_bytes().startswith(b"\x89PNG") and str(path) in err for path in pictures)
+
+
 def test_the_table(gkd: Gkd, files: tuple[Path, Path], tmp_path: Path) -> None:
     out = gkd("evaluate", "thumos14", "--root", tmp_path, "--predictions", files[0]).must().out
     lines = [line.split() for line in out.splitlines()]
@@ -170,10 +195,22 @@ def test_what_the_ground_truth_leaves_out_and_names_that_do_not_fit_are_said(
     files[1].write_text(json.dumps(document))
     files[0].write_text(json.dumps({"results": {"one.mp4": FOUND["results"]["one"]}}))
     err = gkd("evaluate", "thumos14", "--root", tmp_path, "--predictions", files[0]).must().err
-    assert "1 annotations of the ground truth look wrong" in err
+    assert "1 annotation of the ground truth may be wrong" in err
     assert "one annotation 4" in err
     assert "no detection is of a video and a class that the ground truth knows" in err
     assert "its videos are called like one" in err
+
+
+def test_segments_beyond_the_end_of_a_video_are_kept_and_said(
+    gkd: Gkd, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    document = json.loads(files[1].read_text())
+    document["database"]["one"]["duration"] = 35
+    files[1].write_text(json.dumps(document))
+    outcome = gkd("evaluate", "thumos14", "--root", tmp_path, "--predictions", files[0], "--json").must()
+    counts = outcome.json["result"]["ground_truth"]
+    assert (counts["segments"], counts["beyond_end"]) == (3, 1)
+    assert outcome.err.count("1 segment lies wholly beyond the end of the video") == 1
 
 
 def test_neither_torch_nor_a_store_is_needed(files: tuple[Path, Path]) -> None:

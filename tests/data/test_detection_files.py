@@ -115,8 +115,8 @@ def test_the_original_text_files(tmp_path: Path) -> None:
         (("Training", "testing"), "Training", "testing", []),
         (("validation", "test"), "validation", "test", []),  # THUMOS14
         (("training", "validation"), "training", "validation", []),  # ActivityNet
-        (("train", "val", "test"), "train", "test", ["1 videos of subset `val` are not used"]),
-        (("train", "test", "extra"), "train", "test", ["1 videos of subset `extra` are not used"]),
+        (("train", "val", "test"), "train", "test", ["1 video of subset `val`, not used"]),
+        (("train", "test", "extra"), "train", "test", ["1 video of subset `extra`, not used"]),
     ],
 )
 def test_names_of_subsets(

@@ -108,7 +108,11 @@ def test_a_part_says_where_it_comes_from(tmp_path: Path) -> None:
         64,
         48,
     )
-    assert (found["sampling"], found["scaling"], found["storage"]) == ("one frame in 2.5", "bicubic", "raw")
+    assert (found["sampling"], found["scaling"], found["storage"]) == (
+        "one frame in 2.5",
+        "PIL bicubic",
+        "raw",
+    )
     assert (found["schema"], found["codec"], found["damaged_frames"]) == (1, "h264", 0)
     assert found["version"]
     assert Store.open(tmp_path / "mine" / "rgb.h5").frames(0, 2, 3).shape == (3, 32, 32, 3)  # type: ignore[union-attr]
@@ -146,6 +150,18 @@ def test_other_settings_are_refused_with_both_values(tmp_path: Path) -> None:
         assert "another" in caught.value.hint
         (tmp_path / "mine" / "rgb.h5").unlink(missing_ok=True)
     assert _prepare(tmp_path, DataSettings(short_side=32, workers=2, holdout=0.3)).skipped == 2
+
+
+def test_a_store_whose_frames_were_scaled_by_another_library_is_not_continued(tmp_path: Path) -> None:
+    """swscale's bicubic is about a grey level off Pillow's: not a difference to have within one store."""
+    folder, data = _videos(tmp_path / "videos", ("jump",), 1), DataSettings(size=[32, 32])
+    _prepare(tmp_path, data)
+    part = tmp_path / "mine" / "rgb" / "jump" / "jump_0.h5"
+    with h5py.File(part, "a") as file:
+        file.attrs["scaling"] = "bicubic"
+    write_video(folder / "jump" / "more.mp4", draw(20))
+    with pytest.raises(GkdError, match="scaled otherwise: bicubic, now PIL bicubic"):
+        _prepare(tmp_path, data)
 
 
 def test_bad_videos_are_recorded_and_tried_again_when_they_change(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from gkdcli.data.images import FrameFolder, jpeg_size
 from gkdcli.data.video import BadVideo, decode
@@ -49,6 +50,18 @@ def test_other_sizes_and_raw_stores_decode_them(tmp_path: Path) -> None:
     with FrameFolder(tmp_path) as video:
         rgb = np.stack([np.asarray(picture.stored(raw)) for picture in video.pictures(raw)])
     assert psnr(rgb, draw(6)) > 28  # red is red
+
+
+def test_an_exact_size_is_pillows_bicubic_to_the_bit(tmp_path: Path) -> None:
+    write_images(tmp_path)
+    data = DataSettings(size=[40, 20], storage="raw")
+    with FrameFolder(tmp_path) as video:
+        assert video.scaling(data) == ("PIL bicubic", 40, 20)
+        pictures = [picture.stored(data) for picture in video.pictures(data)]
+    paths = sorted(tmp_path.glob("*.jpg"))
+    for path, small in zip(paths, pictures, strict=True):
+        whole = Image.fromarray(decode(path.read_bytes())[:, :, ::-1])
+        np.testing.assert_array_equal(small, np.asarray(whole.resize((40, 20), Image.Resampling.BICUBIC)))
 
 
 def test_flow_is_kept_too_and_the_last_repeated(tmp_path: Path) -> None:

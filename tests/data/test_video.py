@@ -8,6 +8,7 @@ import av
 import cv2
 import numpy as np
 import pytest
+from PIL import Image
 
 from gkdcli.data.video import BadVideo, VideoReader, probe, read_frames, stored_size
 from gkdcli.settings import DataSettings
@@ -120,6 +121,19 @@ def test_scaled_frames_look_like_scaled_drawings(tmp_path: Path) -> None:
         small = cv2.resize(drawn[0], (80, 60), interpolation=cv2.INTER_AREA).astype(np.uint8)
         assert read.shape == small.shape
         assert psnr(read, small) > 28
+
+
+@pytest.mark.parametrize("turn", [0, 90])
+def test_an_exact_size_is_pillows_bicubic_to_the_bit(tmp_path: Path, turn: int) -> None:
+    """The published arrays were made so (METHOD.md 7)."""
+    path = write_video(tmp_path / "a.mp4", draw(3, 160, 120), rotation=turn)
+    native = [frame for frame in read_frames(path, RAW) if isinstance(frame, np.ndarray)]
+    data = DataSettings(size=[56, 40], storage="raw")
+    with VideoReader(path) as video:
+        assert video.scaling(data) == ("PIL bicubic", 56, 40)
+    for whole, small in zip(native, read_frames(path, data), strict=True):
+        wanted = Image.fromarray(whole).resize((56, 40), Image.Resampling.BICUBIC)
+        np.testing.assert_array_equal(small, np.asarray(wanted))
 
 
 def _kept(path: Path, fps: float) -> list[int]:

@@ -75,6 +75,18 @@ def test_it_equals_a_slow_loop() -> None:
     assert any(row[1] == 0 for row in wanted)  # clamped
 
 
+def test_a_segment_that_its_refinement_turns_around_is_dropped() -> None:
+    """One of no length is not turned: it stays, and overlaps nothing."""
+    given = heads(0, windows=1, priors=3, classes=1)
+    given.loc[:], given.conf[:], given.prop_conf[:], given.center[:] = 10, 0, 0, 9
+    given.prop_loc[0] = [[0, 0], [-1, -1], [-1.5, -1.5]]  # widths of 20, 0 and -10 frames
+    found = decode(given, np.array([0]), np.full(3, 0.5), clip_frames=FRAMES, fps=FPS, threshold=0.01)
+    assert (found.segments * FPS).round(3).tolist() == [
+        [FRAMES / 2 - 10, FRAMES / 2 + 10],
+        [FRAMES / 2, FRAMES / 2],
+    ]
+
+
 def test_nothing_above_the_threshold() -> None:
     found = decode(heads(0), np.array([0, 1, 2]), np.zeros(7), clip_frames=256, fps=10.0, threshold=0.999)
     assert (found.segments.shape, found.scores.shape, found.labels.shape) == ((0, 2), (0,), (0,))

@@ -14,9 +14,11 @@ from gkdcli.evaluation import detection
 from gkdcli.evaluation.detection import (
     Detections,
     GroundTruth,
+    beyond_end,
     class_priors,
     detection_scores,
     mean_ap,
+    remarks,
     shuffled,
     tiou,
 )
@@ -74,6 +76,14 @@ def test_equals_the_obvious_loops_where_many_compete(seed: int, monkeypatch: pyt
     monkeypatch.setattr(detection, "_PAIRS", 50)  # a few detections at a time
     np.testing.assert_array_equal(mean_ap(truth, detections, THRESHOLDS), ours)
     np.testing.assert_allclose(ours, plain_mean_ap(truth, detections, THRESHOLDS), rtol=0, atol=1e-12)
+
+
+def test_segments_beyond_the_end_are_counted_where_the_end_is_known() -> None:
+    truth = truth_of([(0, (0, 5), 0), (0, (4, 9), 0), (0, (5, 9), 0), (1, (90, 95), 1)])
+    assert beyond_end(truth, np.array([5.0, 0.0, 1.0])) == 1  # one that begins where the video ends
+    said = {"beyond_end": 1, "source": "gt.json"}
+    assert remarks({"ground_truth": said})[0][0].startswith("1 segment lies wholly beyond the end")
+    assert remarks({"ground_truth": said | {"beyond_end": 0}}) == []
 
 
 @settings(max_examples=100, deadline=None, derandomize=True)

@@ -7,7 +7,7 @@ import json
 import numpy as np
 import pytest
 
-from gkdcli.evaluation import profile
+from gkdcli.evaluation import detection, profile
 from gkdcli.evaluation.detection import Detections, GroundTruth, average_precision, mean_ap
 from gkdcli.evaluation.profile import KINDS, false_positive_profile, recall_by_length
 
@@ -188,7 +188,7 @@ def slowly(
 @pytest.mark.parametrize("portion", [1, 50, 1 << 21])
 @pytest.mark.parametrize("tiou", [0.3, 0.5, 0.7])
 def test_equals_the_slow_way(monkeypatch, tiou, portion):
-    monkeypatch.setattr(profile, "_PAIRS", portion)
+    monkeypatch.setattr(detection, "_PAIRS", portion)
     seen: set[str] = set()
     for seed in range(4):
         truth, found = drawn(seed)

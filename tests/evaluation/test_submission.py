@@ -191,7 +191,8 @@ def _database(**subsets: str) -> dict[str, Any]:
 def test_the_subset_that_is_scored(tmp_path: Path, subsets: dict[str, str], scored: list[str]) -> None:
     path = tmp_path / "gt.json"
     path.write_text(json.dumps(_database(**subsets)))
-    truth, subset, problems = read_ground_truth(path)
+    truth, subset, problems, durations = read_ground_truth(path)
+    assert durations.tolist() == [0] * len(scored)  # it does not say
     assert truth.videos == scored
     assert (subset, problems) == (subsets[scored[0]].lower(), [])
     assert truth.classes == ["a", "b"]

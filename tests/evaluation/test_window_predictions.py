@@ -181,12 +181,12 @@ def made_up(name: str, windows: int = 2, seed: int = 0) -> VideoWindows:
 def test_a_file_gives_back_every_video_to_the_bit(tmp_path: Path, predicted):
     path = tmp_path / "predictions.h5"
     save_windows(path, predicted.values(), {"fingerprint": "abc", "stride": "48"})
-    with WindowFile(path) as found:
-        assert len(found) == len(predicted)
-        assert found.names == list(predicted)
-        assert found.made_with == {"fingerprint": "abc", "stride": "48"}
-        for place, name in reversed(list(enumerate(found.names))):  # any order
-            assert_same(found[place], predicted[name])
+    found = WindowFile(path)
+    assert len(found) == len(predicted)
+    assert found.names == list(predicted)
+    assert found.made_with == {"fingerprint": "abc", "stride": "48"}
+    for place, name in reversed(list(enumerate(found.names))):  # any order
+        assert_same(found[place], predicted[name])
 
 
 def test_names_of_any_kind_come_back(tmp_path: Path):
@@ -229,6 +229,28 @@ def test_a_file_gets_its_name_when_all_is_in_it(tmp_path: Path):
     assert [entry.name for entry in tmp_path.iterdir()] == ["p.h5"]
 
 
+def test_a_file_is_open_only_while_it_is_read(tmp_path: Path):
+    path = tmp_path / "p.h5"
+    save_windows(path, [made_up("v0"), made_up("v1")], {})
+    found = WindowFile(path)
+    assert found[1].name == "v1"
+    with h5py.File(path, "a") as file:  # refused as long as this process has it open for reading
+        assert "videos/1" in file
+    assert found[0].name == "v0"
+
+
+@pytest.mark.parametrize("others", [(["v1", "v0"], {"stride": "64"}), (["v0", "v1"], {"stride": "32"})])
+def test_a_file_that_another_command_replaced_is_not_taken_for_the_first(tmp_path: Path, others):
+    """Readers in several processes finish in any order, so a place may be another video's."""
+    path = tmp_path / "p.h5"
+    save_windows(path, map(made_up, ["v0", "v1"]), {"stride": "64"})
+    found = WindowFile(path)
+    names, made_with = others
+    save_windows(path, map(made_up, names), made_with)
+    with pytest.raises(GkdError, match="have changed"):
+        found[0]
+
+
 def test_a_missing_or_damaged_file_is_said_with_what_to_do(tmp_path: Path):
     path = tmp_path / "p.h5"
     with pytest.raises(GkdError, match="no saved predictions") as caught:
@@ -267,9 +289,9 @@ def test_bytes_that_went_bad_are_damage_or_other_numbers_never_a_crash(tmp_path:
         bad[place : place + 8] = rng.integers(0, 256, len(bad[place : place + 8]), np.uint8).tobytes()
         path.write_bytes(bad)
         try:
-            with WindowFile(path) as found:
-                for number in range(len(found)):
-                    found[number]
+            found = WindowFile(path)
+            for number in range(len(found)):
+                found[number]
         except GkdError as error:
             refused.append(error.what)
     assert len(refused) > 5

@@ -124,7 +124,7 @@ def test_what_is_nothing_we_know_is_said_so(tmp_path):
     with pytest.raises(GkdError) as caught:
         start_backbone(recognizer("r3d_18"), path)
     assert caught.value.what == "these weights are no r3d_18 backbone"
-    assert "resnet18.pth, 1 tensors, the first is `layer1.0.conv1.weight`" in caught.value.where
+    assert "resnet18.pth, 1 tensor, the first is `layer1.0.conv1.weight`" in caught.value.where
     assert caught.value.hint == "torchvision's file for r3d_18 is called r3d_18-b3b3357e.pth"
 
 

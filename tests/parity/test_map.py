@@ -36,7 +36,7 @@ def test_every_class_and_threshold(case: str) -> None:
     document = json.loads((FOLDER / "09_map.json").read_text())
     record, thresholds = document[CASES[case]], document["tiou_thresholds"]
     truth_file, file = _files(case)
-    truth, subset, problems = read_ground_truth(truth_file)
+    truth, subset, problems, _ = read_ground_truth(truth_file)
     found = read_submission(file, truth)
     assert (subset, problems) == ("test", [])
     assert sorted(record["classes"]) == truth.classes

@@ -65,6 +65,13 @@ def test_streams_are_fused_by_video_however_many_processes_read_them(tested, tmp
     assert len(set(found.video.tolist())) == 3
 
 
+def test_segments_beyond_the_end_of_their_video_count_and_are_said(tested, tmp_path) -> None:
+    """As in the published evaluation; 192 frames at 25 a second end before the second action of each."""
+    assert {row.frames / row.fps for row in tested.videos} == {7.68}
+    counts = scored([saved(tmp_path / "rgb.h5", "abc")], tested)[0]["ground_truth"]
+    assert (counts["segments"], counts["beyond_end"]) == (6, 3)
+
+
 def test_detections_are_in_the_order_of_the_videos_however_they_were_finished(tested, tmp_path) -> None:
     """Of equal scores the earlier one counts first, so the order is part of the score."""
     one = scored([saved(tmp_path / "one.h5", "abc")], tested)[1]
@@ -93,8 +100,8 @@ def test_the_limit_of_a_trial_is_in_windows_and_whole_videos_are_taken(tested, m
         seen.append(list(videos))
         return iter(saved_windows[: len(seen[-1])])
 
-    with saved(tested.path.parent / "some.h5", "abc") as file:
-        saved_windows = [file[n] for n in range(3)]
+    file = saved(tested.path.parent / "some.h5", "abc")
+    saved_windows = [file[n] for n in range(3)]
     monkeypatch.setattr(detection_scores, "_windows", windows)
     network = torch.nn.Linear(1, 1)
     for limit in (1, 3, 4, 99, None):
