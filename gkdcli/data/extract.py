@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from gkdcli.data.annotations import Listing
 from gkdcli.data.jobs import Job, Result, work
 from gkdcli.data.misfits import misfits
-from gkdcli.data.parts import part_path, read_attributes
-from gkdcli.data.rejects import PROBLEMS, Reject, cell, read_rejects, write_problems, write_rejects
+from gkdcli.data.plan import Plan, check_settings, plan_parts
+from gkdcli.data.rejects import PROBLEMS, Reject, read_rejects, write_problems, write_rejects
 from gkdcli.data.sources import Problem
-from gkdcli.data.store import build_index, mark_unfinished, setting_differences, written_settings
+from gkdcli.data.store import build_index, mark_unfinished, written_settings
 from gkdcli.data.workers import Crashed, Crew, available_cores
 from gkdcli.errors import GkdError, Interrupted
-from gkdcli.files import disk_is_full, free_bytes, human_bytes, locked, stamp, sweep_temporaries
-from gkdcli.settings import MODALITIES, DataSettings
+from gkdcli.files import disk_is_full, free_bytes, human_bytes, locked, sweep_temporaries
+from gkdcli.settings import DataSettings
 
 Progress = Callable[[int, int, str, int], None]
 _PROBES = 8
@@ -58,15 +56,6 @@ class Report:
     unlisted: int
     indexes: dict[str, Path]
     problems: list[Problem]
-
-
-@dataclass
-class _Plan:
-    jobs: list[Job] = field(default_factory=list)
-    skipped: int = 0
-    rejected: dict[str, Reject] = field(default_factory=dict)
-    unlisted: int = 0
-    attributes: dict[Path, dict[str, Any]] = field(default_factory=dict)  # of the parts that stay
 
 
 def prepare_parts(
@@ -109,13 +98,13 @@ def prepare_parts(
             sweep_temporaries(store_folder)
             for modality in modalities:
                 written = written_settings(store_folder, modality)
-                _check_settings(store_folder / f"{modality}.h5", written, settings[modality])
+                check_settings(store_folder / f"{modality}.h5", written, settings[modality])
             known = (
                 {}
                 if retry
                 else {path: bad for table in tables.values() for path, bad in read_rejects(table).items()}
             )
-            plan = _plan(listing, store_folder, modalities, data, known)
+            plan = plan_parts(listing, store_folder, modalities, data, known)
             tally = _Tally(plan, len(listing.sources), progress)
             if plan.jobs:
                 size = min(workers or available_cores(), len(plan.jobs))
@@ -164,77 +153,19 @@ def prepare_parts(
     )
 
 
-def _rejected(listing: Listing, plan: _Plan) -> list[tuple[str, Reject]]:
+def _rejected(listing: Listing, plan: Plan) -> list[tuple[str, Reject]]:
     return [*((path, Reject(reason)) for path, reason in listing.rejects), *plan.rejected.items()]
 
 
-def _write_tables(tables: Mapping[str, Path], listing: Listing, plan: _Plan) -> None:
+def _write_tables(tables: Mapping[str, Path], listing: Listing, plan: Plan) -> None:
     for table in tables.values():
         write_rejects(table, _rejected(listing, plan))
-
-
-def _plan(
-    listing: Listing,
-    store_folder: Path,
-    modalities: Sequence[str],
-    data: DataSettings,
-    known: Mapping[str, Reject],
-) -> _Plan:
-    """What is to be done, judged by the sizes and times of files."""
-    plan = _Plan()
-    listed: set[Path] = set()
-    for source in listing.sources:
-        path = str(source.path)
-        try:
-            parts = {
-                modality: part_path(store_folder / modality, source.class_name, source.name)
-                for modality in MODALITIES
-            }
-            stamps = {modality: stamp(source.file(modality)) for modality in modalities}
-        except ValueError as error:
-            plan.rejected[path] = Reject(str(error))
-            continue
-        except OSError as error:
-            plan.rejected[path] = Reject(f"cannot be read: {error.strerror}")
-            continue
-        listed.update(parts.values())
-        missing, digests = {}, {}
-        for modality in modalities:
-            found = _attributes(parts[modality])
-            size, mtime_ns = stamps[modality]
-            if found.get("source_size") == size:
-                _check_settings(parts[modality], json.loads(found["settings"]), data.stored(modality))
-                if found["source_mtime_ns"] == mtime_ns:
-                    plan.attributes[parts[modality]] = found
-                    continue
-                digests[modality] = found["source_digest"]
-            missing[modality] = parts[modality]
-        old = known.get(cell(path), Reject(""))
-        if not missing:
-            plan.skipped += 1
-        elif old.size >= 0 and old == Reject.of(source.path, old.reason) and not digests:
-            plan.rejected[path] = old
-        else:
-            beside = next((part for modality, part in parts.items() if modality not in missing), None)
-            files = {source.file(modality): stamps[modality][0] for modality in missing}
-            plan.jobs.append(Job(source, missing, data, sum(files.values()), digests, beside))
-    for modality in modalities:
-        plan.unlisted += sum(part not in listed for part in (store_folder / modality).glob("*/*.h5"))
-    return plan
-
-
-def _attributes(part: Path) -> dict[str, Any]:
-    """Of a whole part; empty where there is none."""
-    try:
-        return read_attributes(part) if part.exists() else {}
-    except OSError:
-        return {}  # damaged after it was written: prepared anew
 
 
 class _Tally:
     """Counts results, and reports progress."""
 
-    def __init__(self, plan: _Plan, total: int, progress: Progress | None) -> None:
+    def __init__(self, plan: Plan, total: int, progress: Progress | None) -> None:
         self.plan = plan
         self.total = total
         self.done = total - len(plan.jobs)
@@ -304,17 +235,6 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler or signal.SIG_DFL)
-
-
-def _check_settings(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """One store, one way of sampling and scaling."""
-    differing = setting_differences(old, new) if old else []
-    if differing:
-        raise GkdError(
-            f"the store was written under other settings: {', '.join(differing)}",
-            str(where),
-            "name another `dataset` in the preset (`--name` for a folder), or take the old settings",
-        )
 
 
 def _check_disk(crew: Crew[Job, Result], jobs: Sequence[Job], folder: Path, signals: list[int]) -> None:
