@@ -92,19 +92,11 @@ def prepare_parts(
     """
     started = time.monotonic()
     settings = {modality: data.stored(modality) for modality in modalities}
-    tables = {modality: store_folder / f"{modality}.rejected.tsv" for modality in modalities}
+    tables = {modality: _rejects_of(store_folder, modality) for modality in modalities}
     try:
         with locked(store_folder / ".lock", f"the store of {dataset}"):
             sweep_temporaries(store_folder)
-            for modality in modalities:
-                written = written_settings(store_folder, modality)
-                check_settings(store_folder / f"{modality}.h5", written, settings[modality])
-            known = (
-                {}
-                if retry
-                else {path: bad for table in tables.values() for path, bad in read_rejects(table).items()}
-            )
-            plan = plan_parts(listing, store_folder, modalities, data, known)
+            plan = plan_run(listing, store_folder, modalities, data, retry)
             tally = _Tally(plan, len(listing.sources), progress)
             if plan.jobs:
                 size = min(workers or available_cores(), len(plan.jobs))
@@ -151,6 +143,26 @@ def prepare_parts(
         indexes=indexes,
         problems=problems,
     )
+
+
+def plan_run(
+    listing: Listing, store_folder: Path, modalities: Sequence[str], data: DataSettings, retry: bool = False
+) -> Plan:
+    """What `prepare_parts` would do, with the same arguments; nothing is written.
+
+    Raises:
+        GkdError: the store was written under other settings.
+    """
+    known: dict[str, Reject] = {}
+    for modality in modalities:
+        written = written_settings(store_folder, modality)
+        check_settings(store_folder / f"{modality}.h5", written, data.stored(modality))
+        known |= {} if retry else read_rejects(_rejects_of(store_folder, modality))
+    return plan_parts(listing, store_folder, modalities, data, known)
+
+
+def _rejects_of(store_folder: Path, modality: str) -> Path:
+    return store_folder / f"{modality}.rejected.tsv"
 
 
 def _rejected(listing: Listing, plan: Plan) -> list[tuple[str, Reject]]:
