@@ -34,7 +34,8 @@ _STRATA = 8
 _ENOUGH = 16  # videos, if they agree within
 _CLOSE = 0.03  # of the estimate
 _SHARE = 0.25  # of what the run itself will take is the most that a forecast may
-_UNSTEADY = 0.1  # of the time: how much the same work differs from one minute to the next
+_UNSTEADY = 0.1  # of the time: how much the same work differs from one minute to the next; and
+_BUSY = 0.4  # of the share of it in which the processes waited, for cores that others use or for the disk
 _POLL_SEC = 0.2
 _HELD_BYTES = 16 << 20  # see `parts`: of one stream in memory
 _GOLDEN = (math.sqrt(5) - 1) / 2
@@ -42,18 +43,14 @@ _GOLDEN = (math.sqrt(5) - 1) / 2
 
 @dataclass(frozen=True)
 class Forecast:
-    """What the run will come to; four of five runs should end between `low` and `high`.
+    """What the run will come to; four of five should end between `low` and `high`.
 
     Args:
         videos: to be prepared.
         frames: stored ones, of all videos.
-        seconds: of wall-clock time with these workers.
-        seconds_low: of a range.
-        seconds_high: likewise.
+        seconds: of wall-clock time with these workers; `seconds_low` and `seconds_high`: its range.
         core_seconds: of all workers together.
-        bytes: of all parts.
-        bytes_low: of a range.
-        bytes_high: likewise.
+        bytes: of all parts; `bytes_low` and `bytes_high`: its range.
         bytes_by_modality: the same, divided.
         memory_bytes: at the peak, of the workers and of this process.
         workers: that the run will have.
@@ -91,6 +88,7 @@ class _Measured:
     sizes: Mapping[str, int]
     images: Mapping[str, int]
     index_sec: float
+    cpu_share: float
     memory_bytes: int
 
 
@@ -112,7 +110,14 @@ class _Whole:
     sizes: Mapping[str, float]
     frames: float
     index_sec: float
+    cpu_share: float
     cut: bool
+
+    def value(self, quantity: str, modality: str) -> float:
+        """A field, or as `size` that of one part or of all."""
+        if quantity == "size":
+            return sum(size for key, size in self.sizes.items() if modality in ("", key))
+        return float(getattr(self, quantity))
 
 
 def forecast(jobs: Sequence[Job], workers: int, seed: int = 0) -> Forecast:
@@ -147,7 +152,9 @@ def forecast(jobs: Sequence[Job], workers: int, seed: int = 0) -> Forecast:
 
 def _measure(job: Job) -> _Measured:
     """In a worker: opens a video, or prepares it and removes the parts again."""
+    wall, cpu = time.perf_counter(), time.process_time()
     result = work(job)
+    share = min((time.process_time() - cpu) / (time.perf_counter() - wall), 1.0)
     sizes: dict[str, int] = {}
     images: dict[str, int] = {}
     index_sec = 0.0
@@ -160,7 +167,7 @@ def _measure(job: Job) -> _Measured:
             pixels = int(attributes["frame_count"] * attributes["width"] * attributes["height"])
             images[modality] = jpeg_bytes(part) or pixels * CHANNELS[modality]
             part.unlink()
-    return _Measured(result, sizes, images, index_sec, peak_memory())
+    return _Measured(result, sizes, images, index_sec, share, peak_memory())
 
 
 def peak_memory() -> int:
@@ -202,7 +209,8 @@ def _through(
                 break
             job = next(waiting, None)
         for done, outcome in crew.collect(_POLL_SEC):
-            if isinstance(outcome, _Measured):  # a crash is found again by the run
+            # a crash is found again by the run; what was given up before may come in late
+            if isinstance(outcome, _Measured) and id(done) in given:
                 yield done, outcome, time.perf_counter() - given[id(done)][1]
         if time.perf_counter() > latest:
             return
@@ -244,21 +252,14 @@ def _opened(jobs: Sequence[Job], lengths: Mapping[int, Result]) -> list[_Opened]
             if result.reason or not job.size:
                 continue
             if result.frames:
-                found.append(_Opened(job, weight, result.frames, result.bytes))
+                found.append(_Opened(job, weight, result.frames, max(result.bytes, 1)))
             else:  # the container does not say: as in others of its size, or wholly unknown
                 found.append(_Opened(job, weight, job.size * frames, job.size * (guess or 1.0)))
     return found
 
 
 class _Sample:
-    """The videos that are prepared, and what they say of all.
-
-    Args:
-        videos: that it is drawn from.
-        count: how many there are in all.
-        workers: processes.
-        start_sec: that they take to start.
-    """
+    """The videos that are prepared, drawn from `videos` that stand for `count`, and what they say of all."""
 
     def __init__(self, videos: list[_Opened], count: int, workers: int, start_sec: float) -> None:
         self.videos = videos
@@ -309,18 +310,19 @@ class _Sample:
     def _suffice(self, spent_sec: float) -> bool:
         if len(self._found) < _ENOUGH:
             return False
-        (seconds, about), (size, nearly) = self._total(_seconds), self._total(_size)
+        (seconds, about), (size, nearly) = self._total("seconds"), self._total("size")
         close = about <= _CLOSE * seconds and nearly <= _CLOSE * size
         return close or spent_sec > _SHARE * seconds / self._workers
 
-    def _total(self, quantity: Callable[[_Whole], float]) -> tuple[float, float]:
+    def _total(self, quantity: str, modality: str = "") -> tuple[float, float]:
         """Of all videos, and half the width of an 80 % interval."""
         found = self._found
+        values = {place: whole.value(quantity, modality) for place, whole in found.items()}
         whole = sum(not video.cut for video in found.values())
         if whole == self._count:
-            return sum(map(quantity, found.values())), 0.0
+            return sum(values.values()), 0.0
         draws = [place for place in self._drawn if place in found]
-        ratios = np.array([quantity(found[place]) / self.videos[place].guess for place in draws])  # (draws,)
+        ratios = np.array([values[place] / self.videos[place].guess for place in draws])  # (draws,)
         total = self._guess * float(ratios.mean())
         if len(found) == 1:
             return total, total / 2
@@ -333,12 +335,13 @@ class _Sample:
         workers, said = self._workers, sum(video.weight * video.frames for video in self.videos)
         if not self._found:
             return Forecast(self._count, round(said), workers=workers, opened_videos=len(self.videos))
-        seconds, about = self._total(_seconds)
-        size, nearly = self._total(_size)
+        seconds, about = self._total("seconds")
+        size, nearly = self._total("size")
         longest = max(video.guess for video in self.videos) / self._guess  # share of the whole
-        wall = max(seconds / workers, longest * seconds) + self._start_sec + self._total(_index_sec)[0]
-        about = math.hypot(about / workers, _UNSTEADY * wall)
-        sizes = {modality: self._total(_size_of(modality))[0] for modality in self.videos[0].job.parts}
+        wall = max(seconds / workers, longest * seconds) + self._start_sec + self._total("index_sec")[0]
+        waited = 1 - float(np.mean([whole.cpu_share for whole in self._found.values()]))
+        about = math.hypot(about / workers, (_UNSTEADY + _BUSY * waited) * wall)
+        sizes = {modality: self._total("size", modality)[0] for modality in self.videos[0].job.parts}
         return Forecast(
             videos=self._count,
             frames=round(self._frames(said)),
@@ -360,7 +363,7 @@ class _Sample:
         """What the containers say, corrected by how far they are from the truth."""
         pairs = [(whole.frames, self.videos[place].frames) for place, whole in self._found.items()]
         if not all(stated for _, stated in pairs):
-            return self._total(_frames)[0]
+            return self._total("frames")[0]
         return said * sum(frames for frames, _ in pairs) / sum(stated for _, stated in pairs)
 
     def _held(self, sizes: Mapping[str, float], longest: float) -> int:
@@ -377,26 +380,6 @@ class _Sample:
         return round(more)
 
 
-def _seconds(whole: _Whole) -> float:
-    return whole.seconds
-
-
-def _size(whole: _Whole) -> float:
-    return sum(whole.sizes.values())
-
-
-def _size_of(modality: str) -> Callable[[_Whole], float]:
-    return lambda whole: whole.sizes.get(modality, 0.0)
-
-
-def _frames(whole: _Whole) -> float:
-    return whole.frames
-
-
-def _index_sec(whole: _Whole) -> float:
-    return whole.index_sec
-
-
 def _whole(video: _Opened, outcome: _Measured, seconds: float) -> _Whole:
     result = outcome.result
     cut = bool(video.frames) and (result.frames >= _CUT.frames or result.frame_sec >= _CUT.seconds)
@@ -407,5 +390,6 @@ def _whole(video: _Opened, outcome: _Measured, seconds: float) -> _Whole:
         {key: size + outcome.images[key] * (times - 1) for key, size in outcome.sizes.items()},
         result.frames * times,
         outcome.index_sec,
+        outcome.cpu_share,
         cut,
     )
