@@ -115,7 +115,7 @@ def _decoded(path: Path) -> Iterator[av.VideoFrame]:
 
 
 def parts_alone(videos: list[Path], folder: Path, short_side: int, connection: Connection) -> None:
-    """Sends (CPU, wall-clock) seconds of decoding, scaling, encoding, each by itself, and of a worker's job."""
+    """Sends (CPU, wall-clock) seconds of decoding, scaling, encoding, each by itself, and of a whole job."""
     cv2.setNumThreads(1)
     data = DataSettings(short_side=short_side, jpeg_quality=QUALITY)
     quality = [cv2.IMWRITE_JPEG_QUALITY, QUALITY]
