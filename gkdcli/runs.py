@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +35,9 @@ STORED = frozenset(f"data.{key}" for key in DataSettings().stored("flow"))
 _RECORD = {"schema", "state", "stage", "modality", "split", "recipe", "method", "classes"}
 
 
+@cache
 def version() -> str:
-    """The installed version of gkd."""
+    """The installed version of gkd; looked up once, for it takes longer than some videos' frames."""
     try:
         return importlib.metadata.version("gkdcli")
     except importlib.metadata.PackageNotFoundError:

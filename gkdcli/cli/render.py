@@ -8,6 +8,7 @@ from typing import Any
 
 from gkdcli.cli import emit_json
 from gkdcli.console import first_rank
+from gkdcli.files import human_bytes
 from gkdcli.resolve import Resolved, to_toml
 
 _LONG = 500  # rows of a table
@@ -37,7 +38,7 @@ def render_result(command: str, payload: dict[str, Any]) -> None:
     for key, value in nested.items():
         if value:
             _heading(key)
-            _two_columns(value)
+            _two_columns(_readable(value) if key == "forecast" else value)
     for key, rows in tables.items():
         _heading(key)
         _table(rows)
@@ -49,6 +50,24 @@ def render_result(command: str, payload: dict[str, Any]) -> None:
 
 def _is_lines(value: Any) -> bool:
     return isinstance(value, tuple) and all(isinstance(line, str) for line in value)
+
+
+def _readable(values: dict[str, Any]) -> dict[str, Any]:
+    """Bytes and seconds in units for people; the values are estimates anyway."""
+    found = dict(values)
+    for key, value in values.items():
+        if "bytes" in key:
+            found[key] = human_bytes(value)
+        elif "seconds" in key:
+            found[key] = _duration(value)
+    return found
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60:02} min"
 
 
 def _is_flat(value: dict[str, Any]) -> bool:

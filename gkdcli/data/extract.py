@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import json
 import shutil
 import signal
 import threading
@@ -18,15 +17,15 @@ from gkdcli.data.annotations import Listing
 from gkdcli.data.cluster import Cluster
 from gkdcli.data.jobs import Job, Result, work
 from gkdcli.data.misfits import misfits
-from gkdcli.data.parts import part_path, read_attributes
-from gkdcli.data.rejects import PROBLEMS, Reject, cell, write_problems, write_rejects
+from gkdcli.data.parts import part_path
+from gkdcli.data.plan import Plan, check_settings, plan_parts
+from gkdcli.data.rejects import PROBLEMS, Reject, write_problems, write_rejects
 from gkdcli.data.shards import Shard, known_rejects, reject_table, remove_traces, store_locked
 from gkdcli.data.sources import Problem
-from gkdcli.data.store import build_index, mark_unfinished, setting_differences, written_settings
-from gkdcli.data.video import scaler
+from gkdcli.data.store import build_index, mark_unfinished, written_settings
 from gkdcli.data.workers import Crashed, Crew, available_cores
 from gkdcli.errors import GkdError, Interrupted
-from gkdcli.files import disk_is_full, free_bytes, human_bytes, locked, stamp, sweep_temporaries
+from gkdcli.files import disk_is_full, free_bytes, human_bytes, locked, sweep_temporaries
 from gkdcli.settings import MODALITIES, DataSettings
 
 Progress = Callable[[int, int, str, int], None]
@@ -63,15 +62,6 @@ class Report:
     unlisted: int = 0
     indexes: dict[str, Path] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
-
-
-@dataclass
-class _Plan:
-    jobs: list[Job] = field(default_factory=list)
-    skipped: int = 0
-    rejected: dict[str, Reject] = field(default_factory=dict)
-    unlisted: int = 0
-    attributes: dict[Path, dict[str, Any]] = field(default_factory=dict)  # of the parts that stay
 
 
 def prepare_parts(
@@ -121,9 +111,7 @@ def prepare_parts(
     try:
         with store_locked(store_folder, dataset, shard):
             sweep_temporaries(store_folder, own)
-            _check_written(store_folder, settings)
-            known = {} if retry else known_rejects(store_folder, modalities)
-            plan = _plan(listing, store_folder, modalities, data, known)
+            plan = plan_run(listing, store_folder, modalities, data, retry)
             tally = _Tally(plan, len(listing.sources), progress)
             if plan.jobs:
                 size = min(workers or available_cores(), len(plan.jobs))
@@ -168,11 +156,24 @@ def prepare_parts(
     return replace(report, unlisted=plan.unlisted, indexes=indexes, problems=problems)
 
 
-def _rejected(listing: Listing, plan: _Plan) -> list[tuple[str, Reject]]:
+def plan_run(
+    listing: Listing, store_folder: Path, modalities: Sequence[str], data: DataSettings, retry: bool = False
+) -> Plan:
+    """What `prepare_parts` would do, with the same arguments; nothing is written.
+
+    Raises:
+        GkdError: the store was written under other settings.
+    """
+    _check_written(store_folder, {modality: data.stored(modality) for modality in modalities})
+    known = {} if retry else known_rejects(store_folder, modalities)
+    return plan_parts(listing, store_folder, modalities, data, known)
+
+
+def _rejected(listing: Listing, plan: Plan) -> list[tuple[str, Reject]]:
     return [*((path, Reject(reason)) for path, reason in listing.rejects), *plan.rejected.items()]
 
 
-def _write_tables(tables: Mapping[str, Path], listing: Listing, plan: _Plan) -> None:
+def _write_tables(tables: Mapping[str, Path], listing: Listing, plan: Plan) -> None:
     for table in tables.values():
         write_rejects(table, _rejected(listing, plan))
 
@@ -185,69 +186,10 @@ def _parts(listing: Listing, store_folder: Path) -> Iterator[Path]:
                 yield part_path(store_folder / modality, source.class_name, source.name)
 
 
-def _plan(
-    listing: Listing,
-    store_folder: Path,
-    modalities: Sequence[str],
-    data: DataSettings,
-    known: Mapping[str, Reject],
-) -> _Plan:
-    """What is to be done, judged by the sizes and times of files."""
-    plan = _Plan()
-    listed: set[Path] = set()
-    for source in listing.sources:
-        path = str(source.path)
-        try:
-            parts = {
-                modality: part_path(store_folder / modality, source.class_name, source.name)
-                for modality in MODALITIES
-            }
-            stamps = {modality: stamp(source.file(modality)) for modality in modalities}
-        except ValueError as error:
-            plan.rejected[path] = Reject(str(error))
-            continue
-        except OSError as error:
-            plan.rejected[path] = Reject(f"cannot be read: {error.strerror}")
-            continue
-        listed.update(parts.values())
-        missing, digests = {}, {}
-        for modality in modalities:
-            found = _attributes(parts[modality])
-            size, mtime_ns = stamps[modality]
-            if found.get("source_size") == size:
-                _check_settings(parts[modality], json.loads(found["settings"]), data.stored(modality))
-                _check_scaler(parts[modality], found["scaling"], scaler(data))
-                if found["source_mtime_ns"] == mtime_ns:
-                    plan.attributes[parts[modality]] = found
-                    continue
-                digests[modality] = found["source_digest"]
-            missing[modality] = parts[modality]
-        old = known.get(cell(path), Reject(""))
-        if not missing:
-            plan.skipped += 1
-        elif old.size >= 0 and old == Reject.of(source.path, old.reason) and not digests:
-            plan.rejected[path] = old
-        else:
-            beside = next((part for modality, part in parts.items() if modality not in missing), None)
-            files = {source.file(modality): stamps[modality][0] for modality in missing}
-            plan.jobs.append(Job(source, missing, data, sum(files.values()), digests, beside))
-    for modality in modalities:
-        plan.unlisted += sum(part not in listed for part in (store_folder / modality).glob("*/*.h5"))
-    return plan
-
-
-def _attributes(part: Path) -> dict[str, Any]:
-    """Of a whole part; empty where there is none."""
-    try:
-        return read_attributes(part) if part.exists() else {}
-    except OSError:
-        return {}  # damaged after it was written: prepared anew
-
-
 class _Tally:
     """Counts results, and reports progress."""
 
-    def __init__(self, plan: _Plan, total: int, progress: Progress | None) -> None:
+    def __init__(self, plan: Plan, total: int, progress: Progress | None) -> None:
         self.plan = plan
         self.total = total
         self.done = total - len(plan.jobs)
@@ -330,7 +272,7 @@ def _signals() -> Iterator[list[int]]:
 
 def _check_written(store_folder: Path, settings: Mapping[str, dict[str, Any]]) -> None:
     for modality, wanted in settings.items():
-        _check_settings(store_folder / f"{modality}.h5", written_settings(store_folder, modality), wanted)
+        check_settings(store_folder / f"{modality}.h5", written_settings(store_folder, modality), wanted)
 
 
 def _mark(
@@ -341,27 +283,6 @@ def _mark(
         _check_written(store_folder, settings)
         for modality in {modality for job in jobs for modality in job.parts}:
             mark_unfinished(store_folder, dataset, modality, settings[modality], expected)
-
-
-def _check_settings(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """One store, one way of sampling and scaling."""
-    differing = setting_differences(old, new) if old else []
-    if differing:
-        raise GkdError(
-            f"the store was written under other settings: {', '.join(differing)}",
-            str(where),
-            "name another `dataset` in the preset (`--name` for a folder), or take the old settings",
-        )
-
-
-def _check_scaler(part: Path, old: str, new: str) -> None:
-    """The same setting has meant other pixels before: those of swscale's bicubic filter."""
-    if old not in ("not", new):
-        raise GkdError(
-            f"the store's frames were scaled otherwise: {old}, now {new}",
-            str(part),
-            "name another `dataset` in the preset (`--name` for a folder), or delete this store",
-        )
 
 
 def _check_disk(crew: Hands, jobs: Sequence[Job], folder: Path, signals: list[int]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Mapping
+import time
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 from gkdcli.data.annotations import Source
 from gkdcli.data.arrays import ArrayVideo
@@ -18,6 +19,15 @@ from gkdcli.data.video import BadFlow, BadVideo, VideoReader, encode_flow, store
 from gkdcli.files import digest, disk_is_full, stamp
 from gkdcli.runs import version
 from gkdcli.settings import MODALITIES, DataSettings
+
+Frame = TypeVar("Frame")
+
+
+class Cut(NamedTuple):
+    """How much of a video that is only measured is prepared: so many frames, and not for longer than that."""
+
+    frames: int
+    seconds: float
 
 
 @dataclass(frozen=True)
@@ -34,6 +44,7 @@ class Job:
         beside: the part of the other modality, where it is not among `parts`; of the same video it must be
             equally long.
         probe_only: only estimate frames and bytes.
+        cut: prepare the beginning alone, to see what it costs.
     """
 
     source: Source
@@ -43,6 +54,7 @@ class Job:
     known: Mapping[str, str] = field(default_factory=dict)
     beside: Path | None = None
     probe_only: bool = False
+    cut: Cut | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +69,7 @@ class Result:
         unchanged: the part that is there serves.
         failure: the store cannot be written, and why.
         full: because the disk is full.
+        frame_sec: seconds that its frames took, from the first to the last, without opening and closing.
     """
 
     frames: int = 0
@@ -66,6 +79,7 @@ class Result:
     unchanged: bool = False
     failure: str = ""
     full: bool = False
+    frame_sec: float = 0.0
 
 
 def work(job: Job) -> Result:
@@ -137,8 +151,11 @@ def _prepare(job: Job) -> Result:
                 for modality, part in job.parts.items()
             }
             beside = _frames_beside(job.beside, next(iter(attributes.values())))
-            _write(video, parts, data, beside)
-            _require_equal_length(parts, beside)
+            started = time.perf_counter()
+            _write(video, parts, data, beside, job.cut)
+            frame_sec = time.perf_counter() - started
+            if job.cut is None:
+                _require_equal_length(parts, beside)
             sampling, fps = video.sampling(data)
             scaling, width, height = video.scaling(data)
             for modality, part in parts.items():
@@ -160,7 +177,7 @@ def _prepare(job: Job) -> Result:
             if any(_stamp(path) != stamped for path, stamped in before.items()):
                 raise BadVideo("it changed while it was read")
         written = sum(part.stat().st_size for part in job.parts.values())
-        return Result(max(part.frames for part in parts.values()), written)
+        return Result(max(part.frames for part in parts.values()), written, frame_sec=frame_sec)
     except (OSError, RuntimeError) as error:  # RuntimeError is h5py's other voice
         return Result(failure=str(error), full=disk_is_full(error))
 
@@ -176,17 +193,18 @@ def _write(
     parts: Mapping[str, PartWriter],
     data: DataSettings,
     beside: int | None,
+    cut: Cut | None = None,
 ) -> None:
     """All frames into all parts, in one pass over the video; `beside` frames are in the other stream."""
     rgb, flow = parts.get("rgb"), parts.get("flow")
     if flow is not None and not isinstance(video, VideoReader) and video.has_flow:
-        _write_given_flow(video, flow, data, beside)
+        _write_given_flow(video, flow, data, beside, cut)
         flow = None
     if rgb is None and flow is None:
         return
     estimator = FlowEstimator(data.flow, data.flow_bound)
     previous = motion = None
-    for picture in video.pictures(data):
+    for picture in _beginning(video.pictures(data), cut):
         if rgb is not None:
             rgb.append(picture.stored(data))
         if flow is not None:
@@ -208,15 +226,29 @@ def _write(
 
 
 def _write_given_flow(
-    video: FrameFolder | ArrayVideo, flow: PartWriter, data: DataSettings, beside: int | None
+    video: FrameFolder | ArrayVideo,
+    flow: PartWriter,
+    data: DataSettings,
+    beside: int | None,
+    cut: Cut | None,
 ) -> None:
     """Flow that was extracted before."""
     images: Stored | None = None
-    for images in video.flows(data):
+    for images in _beginning(video.flows(data), cut):
         flow.append(images)
     if images is not None and not video.has_frames and beside == flow.frames + 1:
         flow.append(images)  # one image fewer than frames is usual
     flow.update(flow_method=data.flow, flow_bound=data.flow_bound, flow_parameters="as the images were given")
+
+
+def _beginning(frames: Iterable[Frame], cut: Cut | None) -> Iterator[Frame]:
+    """All frames, or those up to the cut; two at least, between which there is motion."""
+    started = time.perf_counter()
+    for place, frame in enumerate(frames):
+        over = cut and (place >= cut.frames or time.perf_counter() - started > cut.seconds)
+        if over and place >= 2:
+            return
+        yield frame
 
 
 def _frames_beside(part: Path | None, attributes: Mapping[str, Any]) -> int | None:

@@ -356,6 +356,13 @@ def read_attributes(path: Path, schema: int = SCHEMA) -> dict[str, Any]:
     return attributes
 
 
+def jpeg_bytes(path: Path) -> int:
+    """What the images of a whole part take, without offsets, attributes and padding; 0 of a raw one."""
+    with open(path, "rb") as file:
+        head = json.loads(file.read(_HEAD_BYTES))
+    return sum(total for _, _, total in head["streams"].values())
+
+
 def plain_value(value: Any) -> Any:
     """An attribute as int, float or str."""
     return value.item() if isinstance(value, np.generic) else value

@@ -14,7 +14,9 @@ from gkdcli.data.demo import CLASSES, draw_videos
 from gkdcli.data.demo_detection import DETECTION_CLASSES, draw_untrimmed
 from gkdcli.data.detection_files import find_annotations, read_annotations
 from gkdcli.data.detection_videos import list_arrays, list_videos
-from gkdcli.data.extract import Report, prepare_parts
+from gkdcli.data.extract import Report, plan_run, prepare_parts
+from gkdcli.data.forecast import Forecast, forecast
+from gkdcli.data.jobs import Job
 from gkdcli.data.lists import find_split_lists, read_split_lists
 from gkdcli.data.rejects import PROBLEMS
 from gkdcli.data.shards import Shard, reject_table
@@ -22,7 +24,7 @@ from gkdcli.data.sources import SUBSETS, Problem
 from gkdcli.data.store import Store
 from gkdcli.data.workers import available_cores
 from gkdcli.errors import ExitCode, GkdError, usage_error
-from gkdcli.files import free_bytes, locked, stamp, write_text
+from gkdcli.files import free_bytes, human_bytes, locked, stamp, write_text
 from gkdcli.resolve import page_to_toml, preset_names, read_page
 from gkdcli.result import Result
 from gkdcli.runs import Place
@@ -86,7 +88,8 @@ def prepare(
         arrays=arrays is not None,
     )
     if dry_run:
-        return _plan(place, shard.share(listing, modalities) if shard else listing, folder, modalities)
+        share = shard.share(listing, modalities) if shard else listing
+        return _plan(place, console, share, folder, modalities, retry)
     if not listing.sources:
         raise GkdError(
             f"none of the {counted(len(listing.rejects), 'listed video')} can be used",
@@ -278,10 +281,18 @@ def _drawing_plan(place: Place, folder: Path) -> dict[str, Any]:
     }
 
 
-def _plan(place: Place, listing: Listing, folder: Path, modalities: Sequence[str]) -> Result:
-    """What would be prepared; exit code 1 where a listed file is missing or nothing can be used."""
+def _plan(
+    place: Place, console: Console, listing: Listing, folder: Path, modalities: Sequence[str], retry: bool
+) -> Result:
+    """What would be prepared, and what that would take.
+
+    Exit code 1 where a listed file is missing, nothing can be used, or the disk is too small.
+    """
     data = place.settings.data
     source_bytes = sum(stamp(source.path)[0] for source in listing.sources if source.path.exists())
+    workers, free = data.workers or available_cores(), free_bytes(place.store_folder)
+    plan = plan_run(listing, place.store_folder, modalities, data, retry)
+    cost = _forecast(console, plan.jobs, workers)
     payload = {
         "videos": str(folder),
         "store": str(place.store),
@@ -289,29 +300,53 @@ def _plan(place: Place, listing: Listing, folder: Path, modalities: Sequence[str
         "classes": len(listing.classes),
         "listed": len(listing.sources) + len(listing.rejects),
         "usable": len(listing.sources),
+        "kept": plan.skipped,
         "rejected": len(listing.rejects),
         "unlisted": listing.unlisted,
         "splits": sorted({number for source in listing.sources for number in source.splits}),
         "training": listing.count(place.split, "train"),
         "test": listing.count(place.split, "test"),
         "source_bytes": source_bytes,
-        "free_bytes": free_bytes(place.store_folder),
-        "workers": data.workers or available_cores(),
+        "free_bytes": free,
+        "workers": workers,
         "settings": data.stored("flow" if "flow" in modalities else "rgb"),
+        "forecast": None if cost is None else cost.row(),
         "rejects": [{"path": path, "reason": reason} for path, reason in listing.rejects],
     }
     if listing.ground_truth is not None:
         truths = {subset: asdict(truth) for subset, truth in listing.ground_truth.items()}
         payload |= {"ground_truth": truths, **_problem_rows(listing.problems, len(listing.problems))}
-    if not listing.rejects:
-        return Result(payload)
-    path, reason = listing.rejects[0]
-    error = GkdError(
-        f"{len(listing.rejects)} of the listed inputs cannot be used",
-        f"first: {path}, {reason}",
-        "all of them are in the list above; the others would be prepared",
-    )
-    return Result(payload, code=ExitCode.FAILED, error=error)
+    error = None
+    if cost is not None and cost.bytes_high > free:
+        needed, there = human_bytes(cost.bytes), human_bytes(free)
+        error = GkdError(
+            f"the disk {'is' if cost.bytes > free else 'may be'} too small:"
+            f" about {needed} are needed, {there} are free",
+            str(place.store_folder),
+            "free some space, or keep the store elsewhere with `--root DIR`",
+        )
+        if cost.bytes <= free:
+            console.warn(error.what, error.where, error.hint)
+            error = None
+    if listing.rejects:
+        path, reason = listing.rejects[0]
+        error = GkdError(
+            f"{len(listing.rejects)} of the listed inputs cannot be used",
+            f"first: {path}, {reason}",
+            "all of them are in the list above; the others would be prepared",
+        )
+    return Result(payload) if error is None else Result(payload, code=ExitCode.FAILED, error=error)
+
+
+def _forecast(console: Console, jobs: Sequence[Job], workers: int) -> Forecast | None:
+    """What the run would take; None, and a warning, where that cannot be measured."""
+    if jobs:
+        console.note(f"preparing a few of {len(jobs)} videos in a temporary folder, to forecast the cost")
+    try:
+        return forecast(jobs, workers)
+    except GkdError as error:
+        console.warn(error.what, error.where, error.hint)
+        return None
 
 
 def _keep_page(place: Place, modalities: Sequence[str]) -> None:

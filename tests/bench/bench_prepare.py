@@ -4,7 +4,11 @@
 
 Both sides run in one spawned process each, in turns, on the same files, at the same size and JPEG quality;
 start-up, hashing, HDF5 and fsync are counted. The best round of each counts. Without DIR two kinds of
-files are drawn: h264 340x256 and mpeg4 320x240. Ends with the wall-clock gain of a second worker.
+files are drawn: h264 340x256 and mpeg4 320x240. "two_workers_gain" is of wall-clock time.
+
+"parts": decoding alone, then scaling alone, then JPEG encoding alone, and what a worker does with the same
+files, all in one process and in turns. The shares say how much of the whole the three parts make up: of a
+worker's time, and of that of a run, processes started and index written; of two workers, half the wall clock.
 """
 
 from __future__ import annotations
@@ -16,8 +20,10 @@ import resource
 import shutil
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from multiprocessing.connection import Connection
 from pathlib import Path
+from typing import Any
 
 import av
 import cv2
@@ -25,7 +31,9 @@ import numpy as np
 
 from gkdcli.data.annotations import Listing, Source
 from gkdcli.data.extract import prepare_parts
+from gkdcli.data.jobs import Job, work
 from gkdcli.data.store import Store
+from gkdcli.data.video import VideoReader
 from gkdcli.settings import DataSettings
 from tests.videos import psnr, write_video
 
@@ -66,10 +74,10 @@ def _plainly(videos: list[Path], folder: Path) -> None:
     process.join()
 
 
-def _ours(videos: list[Path], folder: Path, workers: int) -> None:
+def _ours(videos: list[Path], folder: Path, workers: int, short_side: int = 0) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     sources = [Source(path, "a", f"{number:04}", {1: "train"}) for number, path in enumerate(videos)]
-    data = DataSettings(short_side=0, jpeg_quality=QUALITY)
+    data = DataSettings(short_side=short_side, jpeg_quality=QUALITY)
     report = prepare_parts(Listing(["a"], sources), folder, "bench", ("rgb",), data, workers=workers)
     assert not report.rejected, report.rejected
 
@@ -96,6 +104,82 @@ def _drawn(folder: Path) -> dict[str, Path]:
             codec="mpeg4",
             options={"qmin": "3", "qmax": "3"},
         ),
+    }
+
+
+def _decoded(path: Path) -> Iterator[av.VideoFrame]:
+    with av.open(str(path)) as container:
+        container.streams.video[0].thread_type = "SLICE"
+        container.streams.video[0].codec_context.thread_count = 1
+        yield from container.decode(video=0)
+
+
+def parts_alone(videos: list[Path], folder: Path, short_side: int, connection: Connection) -> None:
+    """Sends (CPU, wall-clock) seconds of decoding, scaling, encoding, each by itself, and of a whole job."""
+    cv2.setNumThreads(1)
+    data = DataSettings(short_side=short_side, jpeg_quality=QUALITY)
+    quality = [cv2.IMWRITE_JPEG_QUALITY, QUALITY]
+    scaler = av.video.reformatter.VideoReformatter()
+    spent = np.zeros((4, 2))
+
+    def timed(part: int, found: Iterable[Any]) -> list[Any]:
+        before = time.process_time(), time.perf_counter()
+        kept = list(found)
+        spent[part] += np.subtract((time.process_time(), time.perf_counter()), before)
+        return kept
+
+    for path in videos:
+        with VideoReader(path) as video:
+            method, width, height = video.scaling(data)
+        how = {"interpolation": "BICUBIC" if method == "bicubic" else "AREA", "threads": 1}
+        timed(0, (None for _ in _decoded(path)))  # held frames would cost page faults
+        frames = list(_decoded(path))
+        scaled = (scaler.reformat(frame, width, height, "bgr24", **how).to_ndarray() for frame in frames)
+        pictures = timed(1, scaled)
+        timed(2, (cv2.imencode(".jpg", picture, quality)[1] for picture in pictures))
+        source = Source(path, "a", path.stem, {1: "train"})
+        job = Job(source, {"rgb": folder / "alone.h5"}, data, path.stat().st_size)
+        (result,) = timed(3, (work(job) for _ in range(1)))
+        assert not result.reason, result
+    connection.send(spent.tolist())
+
+
+def _alone(videos: list[Path], folder: Path, short_side: int) -> np.ndarray:
+    """(decoding, scaling, encoding, a worker's job) x (CPU, wall-clock) seconds."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=parts_alone, args=(videos, folder, short_side, theirs))
+    process.start()
+    spent = np.array(ours.recv())
+    process.join()
+    return spent
+
+
+def _shares(videos: list[Path], folder: Path, short_side: int, rounds: int) -> dict[str, object]:
+    """What the parts alone make up of the whole, the least of some rounds in turns."""
+    alone, one, two = [], [], []
+    for _ in range(rounds):
+        alone.append(_alone(videos, folder, short_side))
+        one.append(_measured(lambda: _ours(videos, folder, 1, short_side)))
+        two.append(_measured(lambda: _ours(videos, folder, 2, short_side)))
+    *parts, job = np.min(alone, 0)  # (2,) each
+    (one_cpu, one_wall), (two_cpu, two_wall) = np.min(one, 0), np.min(two, 0)
+    cpu, wall = np.sum(parts, 0)
+    frames = sum(row.frames for row in Store.open(folder / "rgb.h5").videos)
+    return {
+        "short_side": short_side,
+        "frames": frames,
+        **{
+            f"{name}_ms": round(1e3 * part[0] / frames, 3)
+            for name, part in zip(("decode", "scale", "encode", "worker"), [*parts, job], strict=True)
+        },
+        "run_ms": round(1e3 * one_cpu / frames, 3),
+        "cpu_share_of_worker": round(cpu / job[0], 3),
+        "wall_share_of_worker": round(wall / job[1], 3),
+        "cpu_share": round(cpu / one_cpu, 3),
+        "cpu_share_two_workers": round(cpu / two_cpu, 3),
+        "wall_share": round(wall / one_wall, 3),
+        "wall_share_two_workers": round(wall / 2 / two_wall, 3),
     }
 
 
@@ -126,6 +210,7 @@ def main() -> None:
     parser.add_argument("--videos", type=Path, help="measure on the files of this folder, each by itself")
     parser.add_argument("--copies", type=int, default=12, help="how often each file is prepared per round")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--parts-only", action="store_true")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         work = Path(name)
@@ -135,6 +220,11 @@ def main() -> None:
             files = _drawn(work)
         for title, path in files.items():
             videos = [path] * options.copies
+            for short_side in (0, 128):
+                shares = _shares(videos, work / "store", short_side, options.rounds)
+                print(json.dumps({"video": title, "parts": shares}), flush=True)
+            if options.parts_only:
+                continue
             rounds = []
             for _ in range(options.rounds):
                 theirs = _measured(lambda videos=videos: _plainly(videos, work / "jpegs"))

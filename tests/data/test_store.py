@@ -146,12 +146,25 @@ def test_a_store_travels_to_other_processes_without_its_files(tmp_path: Path) ->
     twin: Store = pickle.loads(pickle.dumps(store))
     assert twin.frames(3, 2, 3)[1].tobytes() == expected
     assert twin.fingerprint == store.fingerprint
+    open_here = _descriptors(store)
+    assert open_here
+    assert not _descriptors(pickle.loads(pickle.dumps(store))), "what is sent opens files where it arrives"
     child = os.fork()
-    if child == 0:  # the forked reader must open its own files, not share the parent's
+    if (
+        child == 0
+    ):  # the forked reader must open its own files, not share the parent's and their place in them
         same = store.frames(3, 2, 3)[1].tobytes() == expected and store.frames(0, 0, 1)
-        os._exit(0 if same else 1)
+        own = _descriptors(store)
+        store.close()
+        os._exit(0 if same and len(own) == 2 and not own & open_here else 1)
     assert os.waitpid(child, 0)[1] == 0
+    assert _descriptors(store) == open_here
     assert store.frames(3, 2, 3)[1].tobytes() == expected
+
+
+def _descriptors(store: Store) -> set[int]:
+    """Of the parts that this object holds open."""
+    return {part._descriptor for part in store._parts.values()}
 
 
 def test_open_files_are_bounded(tmp_path: Path) -> None:
