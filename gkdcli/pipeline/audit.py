@@ -29,7 +29,7 @@ from gkdcli.data.sources import Listing
 from gkdcli.data.workers import Crashed, Crew, available_cores
 from gkdcli.errors import ExitCode, GkdError
 from gkdcli.files import kept_as_is
-from gkdcli.pipeline.prepare import check_input, read_listing
+from gkdcli.pipeline.videos import check_input, read_listing
 from gkdcli.result import Result
 from gkdcli.runs import Place
 from gkdcli.settings import MODALITIES
