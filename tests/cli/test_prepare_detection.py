@@ -358,9 +358,9 @@ def test_a_drawn_set_goes_the_same_way(gkd: Gkd, tmp_path: Path, monkeypatch: py
         progress(3, 3)
 
     # in the process of the test: the command draws where it runs
-    from gkdcli.pipeline import prepare
+    from gkdcli.pipeline import videos
 
-    monkeypatch.setattr(prepare, "draw_untrimmed", draw_untrimmed)
+    monkeypatch.setattr(videos, "draw_untrimmed", draw_untrimmed)
     sets = ("data.source=drawn", "data.draw_train=2", "data.draw_test=1")
     words = [
         "prepare",
