@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 import pytest
 
-from gkdcli.data.flow import FlowEstimator, quantise
+from gkdcli.data.flow import FlowEstimator, dequantise, flow_difference, quantise
 from gkdcli.data.video import BadVideo
 from gkdcli.settings import FlowMethod
 
@@ -82,3 +82,25 @@ def test_frames_of_any_size_give_flow_or_a_reason(method: FlowMethod) -> None:
         one, two = (rng.integers(0, 255, (height, width)).astype(np.uint8) for _ in range(2))
         with contextlib.suppress(BadVideo):
             assert FlowEstimator(method, 20.0).between(one, two).shape == (height, width, 2)
+
+
+def test_the_difference_to_tvl1_is_what_was_added() -> None:
+    """TV-L1 itself differs by its rounding; a px added to x is seen as a px, what the bound cut is not."""
+    before, after = _shifted(3, -1)
+    stored = FlowEstimator("tvl1", 20.0).between(before, after)
+    step = 40 / 255
+    same = flow_difference(before, after, stored, 20.0)
+    assert same.shape == before.shape
+    assert same.max() <= step / 2 * 2**0.5 + 1e-4
+    moved = stored.copy()
+    moved[..., 0] += 7
+    assert flow_difference(before, after, moved, 20.0).mean() == pytest.approx(7 * step, abs=step / 2)
+    narrow = FlowEstimator("tvl1", 2.0).between(before, after)
+    assert flow_difference(before, after, narrow, 2.0).max() <= 4 / 255 / 2 * 2**0.5 + 1e-4
+    with pytest.raises(BadVideo):
+        flow_difference(before[:1, :1], after[:1, :1], stored[:1, :1], 20.0)
+
+
+def test_speeds_come_back_to_half_a_step() -> None:
+    speeds = np.linspace(-20, 20, 1001, dtype=np.float32)
+    assert np.abs(dequantise(quantise(speeds, 20.0), 20.0) - speeds).max() <= 20 / 255 + 1e-5
