@@ -23,7 +23,7 @@ from gkdcli.data.sources import Problem
 from gkdcli.data.store import build_index, mark_unfinished, setting_differences, written_settings
 from gkdcli.data.workers import Crashed, Crew, available_cores
 from gkdcli.errors import GkdError, Interrupted
-from gkdcli.files import disk_is_full, free_bytes, human_bytes, locked, stamp, sweep_temporaries
+from gkdcli.files import digest, disk_is_full, free_bytes, human_bytes, locked, stamp, sweep_temporaries
 from gkdcli.settings import MODALITIES, DataSettings
 
 Progress = Callable[[int, int, str, int], None]
@@ -47,6 +47,7 @@ class Report:
         unlisted: parts whose video is no longer among the sources; they are kept, and not in the index.
         indexes: the finished index of each modality.
         problems: of the annotations and of how they fit the videos; also in `annotations.problems.tsv`.
+        notes: what the user should know about how flow was computed.
     """
 
     prepared: int
@@ -58,6 +59,7 @@ class Report:
     unlisted: int
     indexes: dict[str, Path]
     problems: list[Problem]
+    notes: list[str]
 
 
 @dataclass
@@ -79,6 +81,7 @@ def prepare_parts(
     workers: int = 0,
     progress: Progress | None = None,
     retry: bool = False,
+    device: str = "cpu",
 ) -> Report:
     """Brings the parts of a store up to date with the listed videos, then its indexes.
 
@@ -96,9 +99,11 @@ def prepare_parts(
         workers: processes; 0: one per core.
         progress: called as (done, total, name, frames) for each finished video.
         retry: try rejected videos again although their files are the same.
+        device: where flow is computed that runs in PyTorch, "cpu" or "cuda".
 
     Raises:
-        GkdError: the store was written under other settings, is in use, or does not fit the disk.
+        GkdError: the store was written under other settings, is in use, or does not fit the disk; flow cannot
+            be computed at all.
         Interrupted: Ctrl-C or SIGTERM.
     """
     started = time.monotonic()
@@ -115,7 +120,7 @@ def prepare_parts(
                 if retry
                 else {path: bad for table in tables.values() for path, bad in read_rejects(table).items()}
             )
-            plan = _plan(listing, store_folder, modalities, data, known)
+            plan = _plan(listing, store_folder, modalities, data, known, device)
             tally = _Tally(plan, len(listing.sources), progress)
             if plan.jobs:
                 size = min(workers or available_cores(), len(plan.jobs))
@@ -161,6 +166,7 @@ def prepare_parts(
         unlisted=plan.unlisted,
         indexes=indexes,
         problems=problems,
+        notes=tally.notes,
     )
 
 
@@ -179,10 +185,12 @@ def _plan(
     modalities: Sequence[str],
     data: DataSettings,
     known: Mapping[str, Reject],
+    device: str,
 ) -> _Plan:
     """What is to be done, judged by the sizes and times of files."""
     plan = _Plan()
     listed: set[Path] = set()
+    weights = digest(Path(data.flow_weights)) if "flow" in modalities and data.flow == "raft" else ""
     for source in listing.sources:
         path = str(source.path)
         try:
@@ -204,6 +212,8 @@ def _plan(
             size, mtime_ns = stamps[modality]
             if found.get("source_size") == size:
                 _check_settings(parts[modality], json.loads(found["settings"]), data.stored(modality))
+                if modality == "flow" and weights:
+                    _check_weights(parts[modality], found["flow_parameters"], weights)
                 if found["source_mtime_ns"] == mtime_ns:
                     plan.attributes[parts[modality]] = found
                     continue
@@ -217,7 +227,7 @@ def _plan(
         else:
             beside = next((part for modality, part in parts.items() if modality not in missing), None)
             files = {source.file(modality): stamps[modality][0] for modality in missing}
-            plan.jobs.append(Job(source, missing, data, sum(files.values()), digests, beside))
+            plan.jobs.append(Job(source, missing, data, sum(files.values()), digests, beside, device=device))
     for modality in modalities:
         plan.unlisted += sum(part not in listed for part in (store_folder / modality).glob("*/*.h5"))
     return plan
@@ -239,6 +249,7 @@ class _Tally:
         self.total = total
         self.done = total - len(plan.jobs)
         self.prepared = self.unchanged = self.frames = self.bytes = 0
+        self.notes: list[str] = []
         self._progress = progress
 
     def add(self, job: Job, result: Result | Crashed) -> None:
@@ -258,6 +269,8 @@ class _Tally:
             self.prepared += 1
             self.frames += result.frames
             self.bytes += result.bytes
+            if result.note and result.note not in self.notes:
+                self.notes.append(result.note)
         self.done += 1
         if self._progress:
             frames = 0 if isinstance(result, Crashed) else result.frames
@@ -273,6 +286,8 @@ def _run(
         while waiting and crew.give(waiting[-1]):
             waiting.pop()
         for job, result in crew.collect(_POLL_SEC):
+            if isinstance(result, Result) and result.error:
+                raise result.error
             if isinstance(result, Result) and (result.full or result.failure):
                 raise _write_error(folder, OSError(errno.ENOSPC if result.full else 0, result.failure))
             tally.add(job, result)
@@ -281,7 +296,7 @@ def _run(
         deadline = time.monotonic() + _GRACE_SEC
         while crew.busy and time.monotonic() < deadline and len(signals) < 2:
             for job, result in crew.collect(_POLL_SEC):
-                if isinstance(result, Result) and not result.full and not result.failure:
+                if isinstance(result, Result) and not (result.full or result.failure or result.error):
                     tally.add(job, result)
         raise Interrupted(
             f"stopped after {tally.done} of {tally.total} videos", str(folder), "the same command continues"
@@ -314,6 +329,16 @@ def _check_settings(where: Path, old: dict[str, Any], new: dict[str, Any]) -> No
             f"the store was written under other settings: {', '.join(differing)}",
             str(where),
             "name another `dataset` in the preset (`--name` for a folder), or take the old settings",
+        )
+
+
+def _check_weights(where: Path, parameters: str, weights: str) -> None:
+    """One store, one network."""
+    if weights not in parameters and "weights_sha256" in parameters:
+        raise GkdError(
+            "the flow of this store was computed with other weights of RAFT",
+            f"{where}, now data.flow_weights has SHA-256 {weights[:12]}...",
+            "name another `dataset` in the preset (`--name` for a folder), or take the old weights",
         )
 
 

@@ -24,6 +24,7 @@ from gkdcli.files import free_bytes, stamp, write_text
 from gkdcli.resolve import page_to_toml, preset_names, read_page
 from gkdcli.result import Result
 from gkdcli.runs import Place
+from gkdcli.settings import TORCH_METHODS
 
 _SHOWN = 5  # problems in a result; all are in the table
 
@@ -71,8 +72,9 @@ def prepare(
         listing = _untrimmed(place, console, folder, annotations, modalities, arrays is not None)
     else:
         listing = _listing(place, console, folder, annotations, frames is not None)
+    device = _flow_device(place, modalities)
     if dry_run:
-        return _plan(place, listing, folder, modalities)
+        return _plan(place, listing, folder, modalities, device)
     if not listing.sources:
         raise GkdError(
             f"none of the {len(listing.rejects)} listed videos can be used",
@@ -98,9 +100,29 @@ def prepare(
             workers=workers,
             progress=lambda done, total, name, frames: tick(done, name),
             retry=retry,
+            device=device,
         )
+    for note in report.notes:
+        console.note(note)
     _keep_page(place, modalities)
     return _result(place, console, listing, report)
+
+
+def _flow_device(place: Place, modalities: Sequence[str]) -> str:
+    """Where flow is computed; what it needs is there.
+
+    Raises:
+        GkdError: there is no CUDA device, though it was asked for; the weights are missing or wrong.
+    """
+    data = place.settings.data
+    if "flow" not in modalities or data.flow not in TORCH_METHODS:
+        return "cpu"
+    from gkdcli.data.torch_flow import load_raft  # PyTorch comes with it
+    from gkdcli.tasks.trained import chosen_device
+
+    if data.flow == "raft":
+        load_raft(data.flow_weights, "cpu")
+    return chosen_device(place.settings).type
 
 
 def _listing(place: Place, console: Console, folder: Path, annotations: Path | None, frames: bool) -> Listing:
@@ -209,7 +231,7 @@ def _drawing_plan(place: Place, folder: Path) -> dict[str, Any]:
     }
 
 
-def _plan(place: Place, listing: Listing, folder: Path, modalities: Sequence[str]) -> Result:
+def _plan(place: Place, listing: Listing, folder: Path, modalities: Sequence[str], device: str) -> Result:
     """What would be prepared; exit code 1 where a listed file is missing or nothing can be used."""
     data = place.settings.data
     source_bytes = sum(stamp(source.path)[0] for source in listing.sources if source.path.exists())
@@ -231,6 +253,8 @@ def _plan(place: Place, listing: Listing, folder: Path, modalities: Sequence[str
         "settings": data.stored("flow" if "flow" in modalities else "rgb"),
         "rejects": [{"path": path, "reason": reason} for path, reason in listing.rejects],
     }
+    if "flow" in modalities:
+        payload["flow_device"] = device
     if listing.ground_truth is not None:
         truths = {subset: asdict(truth) for subset, truth in listing.ground_truth.items()}
         payload |= {"ground_truth": truths, **_problem_rows(listing.problems, len(listing.problems))}
@@ -254,7 +278,9 @@ def _keep_page(place: Place, modalities: Sequence[str]) -> None:
     page["data"] = page.get("data", {}) | settings.data.model_dump(mode="json")
     if "flow" not in modalities and path.is_file():  # what the flow store was made with stays
         kept = read_page(path).get("data", {})
-        page["data"] |= {key: kept[key] for key in ("flow", "flow_bound") if key in kept}
+        page["data"] |= {
+            key: kept[key] for key in ("flow", "flow_bound", "flow_batch", "flow_weights") if key in kept
+        }
     write_text(path, page_to_toml(page))
 
 
