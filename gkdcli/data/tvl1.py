@@ -161,19 +161,17 @@ def tvl1_flow(
             break
         levels.append(_resize(levels[-1], size[0], size[1], 1 / method.scale_step, 1 / method.scale_step))
     height, width = levels[-1].shape[-2:]
-    u = before.new_zeros((len(before), 2, height, width), dtype=torch.float32)
+    u = levels[-1].new_zeros((len(before), 2, height, width))
     for level in reversed(levels):
         height, width = level.shape[-2:]
         if u.shape[-2:] != level.shape[-2:]:
             coarse = u.shape[-2:]
             u = _resize(u, height, width, coarse[0] / height, coarse[1] / width).mul_(1 / method.scale_step)
         together = max(_CACHED_PX // (height * width), 1) if u.device.type == "cpu" else max(len(u), 1)
-        done = [
-            _refine(*pairs, method, compiled)
-            for pairs in zip(
-                level[0].split(together), level[1].split(together), u.split(together), strict=True
-            )
-        ]
+        done = []
+        for start in range(0, len(u), together):
+            some = slice(start, start + together)
+            done.append(_refine(level[0, some], level[1, some], u[some], method, compiled))
         if counts is not None and done:
             counts.append(Counts(height * width, len(u), torch.cat(done)))
     return u
