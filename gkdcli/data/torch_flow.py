@@ -47,13 +47,20 @@ class TorchFlow:
         self._device = torch.device(device)
         self._batch = batch
         self._flow: Callable[[Tensor, Tensor], Tensor]
-        if method == "raft":
-            raft = load_raft(weights, device)
-            self._flow, self.parameters = raft, raft.parameters
-        else:
-            compiled, self.note = compiled_tvl1(device)
-            self._flow = lambda before, after: tvl1_flow(before, after, compiled=compiled)
-            self.parameters = asdict(Tvl1())
+        try:
+            if method == "raft":
+                raft = load_raft(weights, device)
+                self._flow, self.parameters = raft, raft.parameters
+            else:
+                compiled, self.note = compiled_tvl1(device)
+                self._flow = lambda before, after: tvl1_flow(before, after, compiled=compiled)
+                self.parameters = asdict(Tvl1())
+        except torch.OutOfMemoryError:
+            raise GkdError(
+                "out of memory before the first pair of frames",
+                f"data.flow = {method} on {device}",
+                "processes share the device: `--workers 1`, or `--device cpu`",
+            ) from None
 
     def speeds(self, frames: Sequence[Bytes]) -> NDArray[np.float32]:
         """Of T frames (H, W) or (H, W, 3) RGB: (T - 1, H, W, 2) in px per frame.

@@ -2,10 +2,10 @@
 
     python tests/bench/bench_flow.py [--videos DIR] [--pairs N] [--rounds N] [--device cuda] [--batch N]
 
-Without DIR moving textures are drawn, 340x256. Both take turns, CPU seconds count, the best round of each; the
-mean end-point difference is asserted. With `--device cuda` a batch runs on the GPU instead: pairs per second of
-wall-clock time, and the share of the memory bandwidth that the iterations need at least (compiled: two passes
-over 22 numbers a pixel, see gkdcli/data/tvl1.py).
+Without DIR moving textures are drawn, 340x256. Both take turns, CPU seconds count, the best round of each;
+the mean end-point difference is asserted. With `--device cuda` a batch runs on the GPU instead: pairs per
+second of wall-clock time, and the share of the memory bandwidth that the iterations need at least (compiled:
+two passes over 22 numbers a pixel, see gkdcli/data/tvl1.py).
 """
 
 from __future__ import annotations
@@ -126,16 +126,19 @@ def on_cuda(pairs: list[Pair], rounds: int) -> None:
             torch.cuda.synchronize()
 
         run()
+        torch.cuda.reset_peak_memory_stats()
         (seconds,) = best(rounds, time.perf_counter, run)
     # a pair that has stopped costs as much as one that goes on: the slowest of the batch counts for all
     needed = sum(level.pixels * level.pairs * float(level.iterations.max()) for level in counts)
     useful = sum(level.pixels * float(level.iterations.sum()) for level in counts)
+    peak = torch.cuda.max_memory_allocated() / len(pairs) / 2**20
     limit = bandwidth(device) / BYTES_PER_PIXEL
     print(f"{torch.cuda.get_device_name()}, {limit * BYTES_PER_PIXEL / 1e12:.2f} TB/s measured. {note}")
     print(f"tvl1-torch    {len(pairs) / seconds:8.1f} pairs per second, {len(pairs)} at once")
     print(
         f"bandwidth     {needed / limit / seconds:8.1%} of the limit, {useful / limit / seconds:.1%} useful"
     )
+    print(f"memory        {peak:8.1f} MiB per pair at most")
     print(f"difference    {difference:8.4f} px (mean end-point difference)")
 
 

@@ -44,9 +44,10 @@ def _stored(video: Path, data: DataSettings, name: str = "part.h5") -> tuple[np.
     """Frames (T, H, W, 2) and attributes of the part."""
     part = video.parent / name
     result = work(Job(Source(video, "up", "a", {}), {"flow": part}, data, 1))
-    assert not (result.reason or result.failure or result.error), result
+    assert result.frames == FRAMES, result
     with h5py.File(part) as file:
-        return file["frames"][:], read_attributes(part)
+        frames = file["frames"][:]
+    return frames, read_attributes(part)
 
 
 @pytest.mark.parametrize("batch", [1, 2, 4, 5, 9])

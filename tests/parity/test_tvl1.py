@@ -1,7 +1,7 @@
 """TV-L1 in PyTorch against OpenCV's on real clips, where they are there.
 
-Rounding is magnified where the flow is badly determined (motion of tens of px, no texture): there OpenCV differs
-from itself by as much once a frame is disturbed by 1e-5 of a grey level. That is the measure.
+Rounding is magnified where the flow is badly determined (motion of tens of px, no texture): there OpenCV
+differs from itself by as much once a frame is disturbed by 1e-5 of a grey level. That is the measure.
 """
 
 from __future__ import annotations
