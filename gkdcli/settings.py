@@ -70,7 +70,9 @@ class DataSettings(_Section):
         le=1024,
     )
     flow_weights: str = _setting(
-        "", "file of RAFT's weights, torchvision's raft_large or raft_small; needed by raft alone"
+        "",
+        "file of RAFT's weights, torchvision's raft_large or raft_small; needed by raft alone",
+        max_length=4096,
     )
     workers: int = _setting(0, "processes of `gkd prepare`; 0: one per core", "processes", ge=0, le=256)
     test_fraction: float = _setting(

@@ -16,7 +16,7 @@ p (6) and writes p (4): 22 numbers, `BYTES_PER_PIXEL`, for about 60 operations, 
 340x256 that is 7.7 MB per pair and iteration, 19 MB for one at each level: 3.35 TB/s (H100) allow 1750 pairs
 per second of 100 iterations at each level. Operation by operation an iteration is 17 passes.
 
-What is held: about 80 numbers per pixel of the finest level, the median's planes most of them: 28 MB for a pair
+What is held: about 80 numbers per pixel of the finest level, most of them the median's: 28 MB for a pair
 of 340x256 on a GPU. A CPU works at `_CACHED_PX` at a time, and holds 28 byte per pixel of the other pairs.
 """
 

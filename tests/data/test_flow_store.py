@@ -30,7 +30,7 @@ DATA = DataSettings(short_side=0, storage="raw", flow="tvl1-torch")
 
 @pytest.fixture
 def video(tmp_path: Path) -> Path:
-    return write_video(tmp_path / "videos" / "up" / "a.mp4", draw(FRAMES, 24, 32))
+    return write_video(tmp_path / "videos" / "up" / "a.mp4", draw(FRAMES, 32, 24))
 
 
 @pytest.fixture
@@ -80,17 +80,17 @@ def _prepare(root: Path, **changed: object) -> Report:
 
 
 def test_a_store_has_one_method_and_any_batch(video: Path, tmp_path: Path) -> None:
-    write_video(tmp_path / "videos" / "up" / "b.mp4", draw(FRAMES, 24, 32, seed=1))
+    write_video(tmp_path / "videos" / "up" / "b.mp4", draw(FRAMES, 32, 24, seed=1))
     assert _prepare(tmp_path).prepared == 2
-    write_video(tmp_path / "videos" / "up" / "c.mp4", draw(FRAMES, 24, 32, seed=2))
-    with pytest.raises(GkdError, match="other settings: flow"):
+    write_video(tmp_path / "videos" / "up" / "c.mp4", draw(FRAMES, 32, 24, seed=2))
+    with pytest.raises(GkdError, match="data.flow tvl1-torch -> tvl1"):
         _prepare(tmp_path, flow="tvl1")
     report = _prepare(tmp_path, flow_batch=2, flow_weights="unused.pth")
     assert (report.prepared, report.skipped, report.notes) == (1, 2, [])
 
 
 def test_other_weights_of_raft_are_another_store(video: Path, weights: Path, tmp_path: Path) -> None:
-    write_video(tmp_path / "videos" / "up" / "b.mp4", draw(FRAMES, 24, 32, seed=1))
+    write_video(tmp_path / "videos" / "up" / "b.mp4", draw(FRAMES, 32, 24, seed=1))
     raft = {"flow": "raft", "flow_weights": str(weights)}
     assert _prepare(tmp_path, **raft).prepared == 2
     moved = weights.rename(tmp_path / "moved.safetensors")
@@ -102,7 +102,7 @@ def test_other_weights_of_raft_are_another_store(video: Path, weights: Path, tmp
 
 def test_what_every_video_would_fail_on_ends_the_run(video: Path, tmp_path: Path) -> None:
     """It comes from a worker process with all of its words."""
-    write_video(tmp_path / "videos" / "up" / "b.mp4", draw(FRAMES, 24, 32, seed=1))
+    write_video(tmp_path / "videos" / "up" / "b.mp4", draw(FRAMES, 32, 24, seed=1))
     (tmp_path / "odd.safetensors").write_bytes(b"odd")
     with pytest.raises(GkdError, match="cannot be read") as caught:
         _prepare(tmp_path, flow="raft", flow_weights=str(tmp_path / "odd.safetensors"))

@@ -98,16 +98,18 @@ def test_a_batch_is_its_pairs_one_at_a_time() -> None:
 
 
 def test_a_pair_that_stopped_keeps_its_values() -> None:
-    """Beside one that goes on for long, a still pair is what it is alone, to the bit."""
-    still, fast = pair(0.0, 24, 24), pair(5.0, 24, 24, seed=4)
+    """Beside one that goes on for long, a slow pair is what it is alone, to the bit, and is counted alone."""
+    slow, fast = pair(0.4, 24, 24), pair(5.0, 24, 24, seed=4)
     counts: list[Counts] = []
     alone: list[Counts] = []
-    together = tvl1_flow(*stacked(still, fast), counts=counts)
-    single = tvl1_flow(*stacked(still), counts=alone)
+    together = tvl1_flow(*stacked(slow, fast), counts=counts)
+    single = tvl1_flow(*stacked(slow), counts=alone)
     assert torch.equal(together[0], single[0])
     for both, one in zip(counts, alone, strict=True):
         assert both.iterations[0] == one.iterations[0] < both.iterations[1]
-    assert int(alone[0].iterations[0]) == Tvl1().warps  # each round ends after its first iteration
+    still: list[Counts] = []
+    assert not tvl1_flow(*stacked((slow[0], slow[0])), counts=still).any()
+    assert int(still[0].iterations[0]) == Tvl1().warps  # each round ends after its first iteration
 
 
 def test_what_is_compiled_is_the_same() -> None:
