@@ -83,7 +83,7 @@ def test_a_store_has_one_method_and_any_batch(video: Path, tmp_path: Path) -> No
     write_video(tmp_path / "videos" / "up" / "b.mp4", draw(FRAMES, 32, 24, seed=1))
     assert _prepare(tmp_path).prepared == 2
     write_video(tmp_path / "videos" / "up" / "c.mp4", draw(FRAMES, 32, 24, seed=2))
-    with pytest.raises(GkdError, match="data.flow tvl1-torch -> tvl1"):
+    with pytest.raises(GkdError, match="tvl1-torch -> tvl1"):
         _prepare(tmp_path, flow="tvl1")
     report = _prepare(tmp_path, flow_batch=2, flow_weights="unused.pth")
     assert (report.prepared, report.skipped, report.notes) == (1, 2, [])
