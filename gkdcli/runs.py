@@ -29,6 +29,8 @@ RESUMABLE = {
     "train.threads",
     "train.checkpoint_minutes",
     "data.workers",
+    "data.flow_batch",
+    "data.flow_weights",
 }
 # given by hand, they must be given again to every command that works on the store
 STORED = frozenset(f"data.{key}" for key in DataSettings().stored("flow"))

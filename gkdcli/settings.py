@@ -20,7 +20,8 @@ class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True, allow_inf_nan=False)
 
 
-FlowMethod = Literal["tvl1", "dis", "farneback"]
+FlowMethod = Literal["tvl1", "tvl1-torch", "dis", "farneback", "raft"]
+TORCH_METHODS: tuple[FlowMethod, ...] = ("tvl1-torch", "raft")
 
 
 class DataSettings(_Section):
@@ -50,7 +51,9 @@ class DataSettings(_Section):
     )
     fps: float = _setting(0.0, "frames kept per second of video; 0 keeps all", "frames/s", ge=0.0, le=240.0)
     flow: FlowMethod = _setting(
-        "tvl1", "optical flow between stored frames: the paper's TV-L1, or the much faster DIS or Farneback"
+        "tvl1",
+        "optical flow between stored frames: the paper's TV-L1, the same in PyTorch on CPU or GPU, the much"
+        " faster DIS or Farneback, or RAFT with weights of yours",
     )
     flow_bound: float = _setting(
         20.0,
@@ -58,6 +61,18 @@ class DataSettings(_Section):
         "px/frame",
         gt=0.0,
         le=256.0,
+    )
+    flow_batch: int = _setting(
+        16,
+        "pairs of frames that tvl1-torch and raft take at once; on a GPU more is faster",
+        "pairs",
+        ge=1,
+        le=1024,
+    )
+    flow_weights: str = _setting(
+        "",
+        "file of RAFT's weights, torchvision's raft_large or raft_small; needed by raft alone",
+        max_length=4096,
     )
     workers: int = _setting(0, "processes of `gkd prepare`; 0: one per core", "processes", ge=0, le=256)
     gpu_share: float = _setting(
@@ -83,9 +98,8 @@ class DataSettings(_Section):
 
     def stored(self, modality: str) -> dict[str, Any]:
         """The settings that a store depends on; a page that differs in them is refused."""
-        others = {"workers", "gpu_share", "holdout"} | (
-            set() if modality == "flow" else {"flow", "flow_bound"}
-        )
+        others = {"workers", "gpu_share", "holdout", "flow_batch", "flow_weights"}
+        others |= set() if modality == "flow" else {"flow", "flow_bound"}
         return self.model_dump(mode="json", exclude=others)
 
     @model_validator(mode="after")

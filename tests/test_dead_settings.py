@@ -11,6 +11,7 @@ import json
 import multiprocessing.process
 import os
 import shutil
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from gkdcli.data import jobs, torch_flow
+from gkdcli.data.sources import Source
 from gkdcli.resolve import setting_names
+from gkdcli.settings import DataSettings
 from tests.conftest import Outcome, borrow
 from tests.videos import draw, write_video
 
@@ -170,6 +174,32 @@ def flow_part(house: House, sets: list[str]) -> bytes:
 def warned(house: House, sets: list[str]) -> int:
     """How often one is warned that a setting has no use here."""
     return house.prepare(sets)[0].must().err.count("warning: ")
+
+
+def pairs_at_once(house: House, sets: list[str]) -> set[int]:
+    """How many are handed to TV-L1; a job is done in this process, so that it can be watched."""
+    seen = set()
+    outcome = house.gkd(
+        "prepare", "folder", house.videos, "--show-config", "--root", house.fresh(), *_flags(sets)
+    )
+    data = DataSettings(**tomllib.loads(outcome.must().out)["data"])
+
+    def watched(before: torch.Tensor, after: torch.Tensor, **_: Any) -> torch.Tensor:
+        seen.add(len(before))
+        return torch.zeros(len(before), 2, *before.shape[1:])
+
+    source = Source(house.videos / "up" / "a.mp4", "up", "a", {})
+    part = house.fresh() / "a.h5"
+    part.parent.mkdir()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_flow, "tvl1_flow", watched)
+        assert not jobs.work(jobs.Job(source, {"flow": part}, data, 1)).reason
+    return seen
+
+
+def raft_refusal(house: House, sets: list[str]) -> str:
+    """What RAFT has to say about its weights."""
+    return house.prepare(["data.flow=raft", *sets], "--modality", "flow")[0].err
 
 
 def fused_scores(house: House, sets: list[str]) -> list[float]:
@@ -334,6 +364,8 @@ ROWS = [
     Row("data.fps", "5", part),
     Row("data.flow", "dis", flow_part),
     Row("data.flow_bound", "5", flow_part),
+    Row("data.flow_batch", "1", pairs_at_once, ("data.flow=tvl1-torch",)),
+    Row("data.flow_weights", "none.pth", raft_refusal),
     Row("data.workers", "2", processes("prepare"), ("data.workers=1",)),
     Row("data.gpu_share", "0.5", warned),  # what it does on a cluster: tests/data/test_cluster.py
     Row("data.test_fraction", "0.6", subsets),

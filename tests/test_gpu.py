@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from gkdcli.data.tvl1 import compile_tvl1, tvl1_flow
 from gkdcli.models.boundary import boundary_max_pool
 from gkdcli.models.detector import Detector
 from gkdcli.models.network import build_cvae
 from gkdcli.models.recognizer import Recognizer
 from tests.conftest import borrow
+from tests.data.test_tvl1 import pair as texture_pair
+from tests.videos import draw, write_video
 
 pytestmark = [
     pytest.mark.gpu,
@@ -78,3 +82,39 @@ def test_detection_runs_on_the_device(gkd, tiny_detection_store, tmp_path, sched
     chosen = [word for one in sets for word in ("--set", one)]
     for command in ("pretrain-attention", "distill", "evaluate"):
         gkd(command, "demo-detection-tiny", "--root", root, "--device", "cuda", *chosen).must()
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_tvl1_on_the_device_is_that_of_the_cpu_and_never_waits(fused: bool) -> None:
+    """No operation makes the host wait for what it has just asked for: PyTorch would refuse it here."""
+    pairs = [texture_pair(0.0), texture_pair(0.5, seed=1), texture_pair(3.0, seed=2)]
+    before, after = (torch.from_numpy(np.stack(frames)) for frames in zip(*pairs, strict=True))
+    wanted = tvl1_flow(before, after)
+    before, after = before.cuda(), after.cuda()
+    compiled = compile_tvl1() if fused else None
+    with torch.inference_mode():
+        tvl1_flow(before, after, compiled=compiled)  # compiles
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            found = tvl1_flow(before, after, compiled=compiled)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert torch.linalg.vector_norm(found.cpu() - wanted, dim=1).mean() < 0.02
+    assert not found[0].any()  # nothing moves in the first, and what the others go on doing leaves it alone
+
+
+def test_flow_is_prepared_on_the_device(gkd, tmp_path) -> None:
+    write_video(tmp_path / "videos" / "up" / "a.mp4", draw(12, 96, 64))
+    words = (
+        "prepare",
+        "folder",
+        tmp_path / "videos",
+        "--name",
+        "own",
+        "--root",
+        tmp_path,
+        "--modality",
+        "flow",
+    )
+    found = gkd(*words, "--flow", "tvl1-torch", "--device", "cuda", "--json")
+    assert found.must().json["result"]["prepared"] == 1

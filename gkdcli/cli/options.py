@@ -46,8 +46,10 @@ class FlowMethod(StrEnum):
     """How optical flow is computed."""
 
     tvl1 = "tvl1"
+    tvl1_torch = "tvl1-torch"
     dis = "dis"
     farneback = "farneback"
+    raft = "raft"
 
 
 class Device(StrEnum):

@@ -51,6 +51,7 @@ class Report:
         unlisted: parts whose video is no longer among the sources; they are kept, and not in the index.
         indexes: the finished index of each modality; a shard writes none.
         problems: of the annotations and of how they fit the videos; also in `annotations.problems.tsv`.
+        notes: what the user should know about how flow was computed.
     """
 
     prepared: int
@@ -62,6 +63,7 @@ class Report:
     unlisted: int = 0
     indexes: dict[str, Path] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
 
 
 def prepare_parts(
@@ -76,6 +78,7 @@ def prepare_parts(
     retry: bool = False,
     shard: Shard | None = None,
     cluster: Cluster | None = None,
+    device: str = "cpu",
 ) -> Report:
     """Brings the parts of a store up to date with the listed videos, then its indexes.
 
@@ -96,9 +99,11 @@ def prepare_parts(
         shard: prepare only this share of them, beside the runs that prepare the others; without one, what
             shards have left is merged.
         cluster: whose nodes do the work, instead of processes of this machine.
+        device: where flow is computed that runs in PyTorch, "cpu" or "cuda".
 
     Raises:
-        GkdError: the store was written under other settings, is in use, or does not fit the disk.
+        GkdError: the store was written under other settings, is in use, or does not fit the disk; flow cannot
+            be computed at all.
         Interrupted: Ctrl-C or SIGTERM.
     """
     started = time.monotonic()
@@ -111,7 +116,7 @@ def prepare_parts(
     try:
         with store_locked(store_folder, dataset, shard):
             sweep_temporaries(store_folder, own)
-            plan = plan_run(listing, store_folder, modalities, data, retry)
+            plan = plan_run(listing, store_folder, modalities, data, retry, device)
             tally = _Tally(plan, len(listing.sources), progress)
             if plan.jobs:
                 size = min(workers or available_cores(), len(plan.jobs))
@@ -157,7 +162,12 @@ def prepare_parts(
 
 
 def plan_run(
-    listing: Listing, store_folder: Path, modalities: Sequence[str], data: DataSettings, retry: bool = False
+    listing: Listing,
+    store_folder: Path,
+    modalities: Sequence[str],
+    data: DataSettings,
+    retry: bool = False,
+    device: str = "cpu",
 ) -> Plan:
     """What `prepare_parts` would do, with the same arguments; nothing is written.
 
@@ -166,7 +176,7 @@ def plan_run(
     """
     _check_written(store_folder, {modality: data.stored(modality) for modality in modalities})
     known = {} if retry else known_rejects(store_folder, modalities)
-    return plan_parts(listing, store_folder, modalities, data, known)
+    return plan_parts(listing, store_folder, modalities, data, known, device)
 
 
 def _rejected(listing: Listing, plan: Plan) -> list[tuple[str, Reject]]:
@@ -194,6 +204,7 @@ class _Tally:
         self.total = total
         self.done = total - len(plan.jobs)
         self.prepared = self.unchanged = self.frames = self.bytes = 0
+        self.notes: list[str] = []
         self._progress = progress
 
     def report(self, listing: Listing, seconds: float) -> Report:
@@ -205,6 +216,7 @@ class _Tally:
             frames=self.frames,
             bytes_written=self.bytes,
             seconds=seconds,
+            notes=self.notes,
         )
 
     def add(self, job: Job, result: Result | Crashed) -> None:
@@ -224,6 +236,8 @@ class _Tally:
             self.prepared += 1
             self.frames += result.frames
             self.bytes += result.bytes
+            if result.note and result.note not in self.notes:
+                self.notes.append(result.note)
         self.done += 1
         if self._progress:
             frames = 0 if isinstance(result, Crashed) else result.frames
@@ -237,6 +251,8 @@ def _run(crew: Hands, jobs: Sequence[Job], folder: Path, tally: _Tally, signals:
         while waiting and crew.give(waiting[-1]):
             waiting.pop()
         for job, result in crew.collect(_POLL_SEC):
+            if isinstance(result, Result) and result.error:
+                raise result.error
             if isinstance(result, Result) and (result.full or result.failure):
                 raise _write_error(folder, OSError(errno.ENOSPC if result.full else 0, result.failure))
             tally.add(job, result)
@@ -245,7 +261,7 @@ def _run(crew: Hands, jobs: Sequence[Job], folder: Path, tally: _Tally, signals:
         deadline = time.monotonic() + _GRACE_SEC
         while crew.busy and time.monotonic() < deadline and len(signals) < 2:
             for job, result in crew.collect(_POLL_SEC):
-                if isinstance(result, Result) and not result.full and not result.failure:
+                if isinstance(result, Result) and not (result.full or result.failure or result.error):
                     tally.add(job, result)
         raise Interrupted(
             f"stopped after {tally.done} of {tally.total} videos", str(folder), "the same command continues"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,8 +14,9 @@ from gkdcli.data.annotations import Source
 from gkdcli.data.arrays import ArrayVideo
 from gkdcli.data.flow import FlowEstimator
 from gkdcli.data.images import FrameFolder
-from gkdcli.data.parts import PartWriter, Stored, read_attributes
+from gkdcli.data.parts import Bytes, PartWriter, Stored, read_attributes
 from gkdcli.data.video import BadFlow, BadVideo, VideoReader, encode_flow, stored_size
+from gkdcli.errors import GkdError
 from gkdcli.files import digest, disk_is_full, stamp
 from gkdcli.runs import version
 from gkdcli.settings import MODALITIES, DataSettings
@@ -45,6 +46,7 @@ class Job:
             equally long.
         probe_only: only estimate frames and bytes.
         cut: prepare the beginning alone, to see what it costs.
+        device: where flow is computed that runs in PyTorch, "cpu" or "cuda".
     """
 
     source: Source
@@ -55,6 +57,7 @@ class Job:
     beside: Path | None = None
     probe_only: bool = False
     cut: Cut | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,8 @@ class Result:
         failure: the store cannot be written, and why.
         full: because the disk is full.
         frame_sec: seconds that its frames took, from the first to the last, without opening and closing.
+        note: what the user should know.
+        error: what ends the whole run, for it would be the same with every video.
     """
 
     frames: int = 0
@@ -80,6 +85,8 @@ class Result:
     failure: str = ""
     full: bool = False
     frame_sec: float = 0.0
+    note: str = ""
+    error: GkdError | None = None
 
 
 def work(job: Job) -> Result:
@@ -88,6 +95,8 @@ def work(job: Job) -> Result:
         return _probe(job) if job.probe_only else _prepare(job)
     except BadVideo as error:
         return Result(reason=" ".join(str(error).split()), again=isinstance(error, BadFlow))
+    except GkdError as error:
+        return Result(error=error)
     except MemoryError:
         return Result(reason="needs more memory than there is")
 
@@ -152,7 +161,7 @@ def _prepare(job: Job) -> Result:
             }
             beside = _frames_beside(job.beside, next(iter(attributes.values())))
             started = time.perf_counter()
-            _write(video, parts, data, beside, job.cut)
+            note = _write(video, parts, job, beside)
             frame_sec = time.perf_counter() - started
             if job.cut is None:
                 _require_equal_length(parts, beside)
@@ -177,7 +186,8 @@ def _prepare(job: Job) -> Result:
             if any(_stamp(path) != stamped for path, stamped in before.items()):
                 raise BadVideo("it changed while it was read")
         written = sum(part.stat().st_size for part in job.parts.values())
-        return Result(max(part.frames for part in parts.values()), written, frame_sec=frame_sec)
+        frames = max(part.frames for part in parts.values())
+        return Result(frames, written, frame_sec=frame_sec, note=note)
     except (OSError, RuntimeError) as error:  # RuntimeError is h5py's other voice
         return Result(failure=str(error), full=disk_is_full(error))
 
@@ -188,33 +198,34 @@ def _source_name(path: Path) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def _write(
-    video: _Video,
-    parts: Mapping[str, PartWriter],
-    data: DataSettings,
-    beside: int | None,
-    cut: Cut | None = None,
-) -> None:
-    """All frames into all parts, in one pass over the video; `beside` frames are in the other stream."""
-    rgb, flow = parts.get("rgb"), parts.get("flow")
+def _write(video: _Video, parts: Mapping[str, PartWriter], job: Job, beside: int | None) -> str:
+    """All frames into all parts, in one pass over the video; `beside` frames are in the other stream.
+
+    Returns what the user should know; "" for nothing.
+    """
+    data, rgb, flow = job.data, parts.get("rgb"), parts.get("flow")
     if flow is not None and not isinstance(video, VideoReader) and video.has_flow:
-        _write_given_flow(video, flow, data, beside, cut)
+        _write_given_flow(video, flow, data, beside, job.cut)
         flow = None
-    if rgb is None and flow is None:
-        return
-    estimator = FlowEstimator(data.flow, data.flow_bound)
-    previous = motion = None
-    for picture in _beginning(video.pictures(data), cut):
+    if flow is None:
+        if rgb is not None:
+            for picture in _beginning(video.pictures(data), job.cut):
+                rgb.append(picture.stored(data))
+        return ""
+    estimator = FlowEstimator(
+        data.flow, data.flow_bound, device=job.device, batch=data.flow_batch, weights=data.flow_weights
+    )
+    block: list[Bytes] = []  # consecutive frames; the last one begins the next block
+    motion = None
+    for picture in _beginning(video.pictures(data), job.cut):
         if rgb is not None:
             rgb.append(picture.stored(data))
-        if flow is not None:
-            grey = picture.grey()
-            if previous is not None:
-                motion = encode_flow(estimator.between(previous, grey), data)
-                flow.append(motion)
-            previous = grey
-    if flow is None:
-        return
+        block.append(picture.rgb() if estimator.colour else picture.grey())
+        if len(block) == estimator.frames:
+            motion = _append_flow(flow, estimator, block, data)
+            del block[:-1]
+    if len(block) > 1:
+        motion = _append_flow(flow, estimator, block, data)
     if motion is None:
         raise BadFlow("one frame only, so there is no motion between frames")
     flow.append(motion)  # the last is repeated: as many as frames
@@ -223,6 +234,17 @@ def _write(
         flow_bound=data.flow_bound,
         flow_parameters=json.dumps(estimator.parameters, sort_keys=True),
     )
+    return estimator.note
+
+
+def _append_flow(
+    flow: PartWriter, estimator: FlowEstimator, block: Sequence[Bytes], data: DataSettings
+) -> Stored:
+    """Stores the flow between the frames of a block; returns the last."""
+    for pair in estimator.block(block):
+        motion = encode_flow(pair, data)
+        flow.append(motion)
+    return motion
 
 
 def _write_given_flow(

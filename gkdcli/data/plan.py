@@ -15,7 +15,7 @@ from gkdcli.data.sources import Listing
 from gkdcli.data.store import setting_differences
 from gkdcli.data.video import scaler
 from gkdcli.errors import GkdError
-from gkdcli.files import stamp
+from gkdcli.files import digest, stamp
 from gkdcli.settings import MODALITIES, DataSettings
 
 
@@ -36,10 +36,12 @@ def plan_parts(
     modalities: Sequence[str],
     data: DataSettings,
     known: Mapping[str, Reject],
+    device: str = "cpu",
 ) -> Plan:
     """What is to be done, judged by the sizes and times of files."""
     plan = Plan()
     listed: set[Path] = set()
+    weights = digest(Path(data.flow_weights)) if "flow" in modalities and data.flow == "raft" else ""
     for source in listing.sources:
         path = str(source.path)
         try:
@@ -62,6 +64,8 @@ def plan_parts(
             if found.get("source_size") == size:
                 check_settings(parts[modality], json.loads(found["settings"]), data.stored(modality))
                 _check_scaler(parts[modality], found["scaling"], scaler(data))
+                if modality == "flow" and weights:
+                    _check_weights(parts[modality], found["flow_parameters"], weights)
                 if found["source_mtime_ns"] == mtime_ns:
                     plan.attributes[parts[modality]] = found
                     continue
@@ -75,7 +79,7 @@ def plan_parts(
         else:
             beside = next((part for modality, part in parts.items() if modality not in missing), None)
             files = {source.file(modality): stamps[modality][0] for modality in missing}
-            plan.jobs.append(Job(source, missing, data, sum(files.values()), digests, beside))
+            plan.jobs.append(Job(source, missing, data, sum(files.values()), digests, beside, device=device))
     for modality in modalities:
         plan.unlisted += sum(part not in listed for part in (store_folder / modality).glob("*/*.h5"))
     return plan
@@ -107,4 +111,14 @@ def _check_scaler(part: Path, old: str, new: str) -> None:
             f"the store's frames were scaled otherwise: {old}, now {new}",
             str(part),
             "name another `dataset` in the preset (`--name` for a folder), or delete this store",
+        )
+
+
+def _check_weights(where: Path, parameters: str, weights: str) -> None:
+    """One store, one network."""
+    if weights not in parameters and "weights_sha256" in parameters:
+        raise GkdError(
+            "the flow of this store was computed with other weights of RAFT",
+            f"{where}, now data.flow_weights has SHA-256 {weights[:12]}...",
+            "name another `dataset` in the preset (`--name` for a folder), or take the old weights",
         )

@@ -70,7 +70,7 @@ class Picture:
     def stored(self, data: DataSettings) -> bytes | Bytes:
         """As an rgb store keeps it: a JPEG file, or (H, W, 3) uint8 RGB."""
         if data.storage == "raw":
-            return np.ascontiguousarray(self.bgr()[:, :, ::-1])
+            return self.rgb()
         return self._jpeg if self._jpeg is not None else encode(self.bgr(), data)
 
     def bgr(self) -> Bytes:
@@ -79,6 +79,10 @@ class Picture:
             assert self._jpeg is not None
             self._bgr = decode(self._jpeg)
         return self._bgr
+
+    def rgb(self) -> Bytes:
+        """(H, W, 3) uint8."""
+        return np.ascontiguousarray(self.bgr()[:, :, ::-1])
 
     def grey(self) -> Bytes:
         """(H, W) uint8, as optical flow takes it."""

@@ -26,6 +26,7 @@ from gkdcli.pipeline.videos import check_input, draw, read_listing
 from gkdcli.resolve import page_to_toml, preset_names, read_page
 from gkdcli.result import Result
 from gkdcli.runs import Place
+from gkdcli.settings import TORCH_METHODS
 
 _SHOWN = 5  # problems in a result; all are in the table
 
@@ -84,9 +85,10 @@ def prepare(
         frames=frames is not None,
         arrays=arrays is not None,
     )
+    device = _flow_device(place, modalities)
     if dry_run:
         share = shard.share(listing, modalities) if shard else listing
-        return _plan(place, console, share, folder, modalities, retry)
+        return _plan(place, console, share, folder, modalities, retry, device)
     if not listing.sources:
         raise GkdError(
             f"none of the {counted(len(listing.rejects), 'listed video')} can be used",
@@ -126,7 +128,10 @@ def prepare(
             retry=retry,
             shard=shard,
             cluster=cluster,
+            device=device,
         )
+    for note in report.notes:
+        console.note(note)
     _keep_page(place, modalities)
     result = (
         _shard_result(place, console, shard, report, merge)
@@ -138,12 +143,29 @@ def prepare(
     return result
 
 
+def _flow_device(place: Place, modalities: Sequence[str]) -> str:
+    """Where flow is computed; what it needs is there.
+
+    Raises:
+        GkdError: there is no CUDA device, though it was asked for; the weights are missing or wrong.
+    """
+    data = place.settings.data
+    if "flow" not in modalities or data.flow not in TORCH_METHODS:
+        return "cpu"
+    from gkdcli.data.torch_flow import load_raft  # PyTorch comes with it
+    from gkdcli.tasks.trained import chosen_device
+
+    if data.flow == "raft":
+        load_raft(data.flow_weights, "cpu")
+    return chosen_device(place.settings).type
+
+
 def _nodes(cluster: Cluster | None, verbose: bool) -> str:
     """For progress: how many nodes have worked, or what each of them has done."""
     if cluster is None:
         return ""
     if not verbose:
-        return f", from {len(cluster.videos)} node{'' if len(cluster.videos) == 1 else 's'}"
+        return f", from {counted(len(cluster.videos), 'node')}"
     return "; " + ", ".join(f"{node} {count}" for node, count in sorted(cluster.videos.items()))
 
 
@@ -161,7 +183,13 @@ def _drawing_plan(place: Place, folder: Path) -> dict[str, Any]:
 
 
 def _plan(
-    place: Place, console: Console, listing: Listing, folder: Path, modalities: Sequence[str], retry: bool
+    place: Place,
+    console: Console,
+    listing: Listing,
+    folder: Path,
+    modalities: Sequence[str],
+    retry: bool,
+    device: str,
 ) -> Result:
     """What would be prepared, and what that would take.
 
@@ -170,7 +198,7 @@ def _plan(
     data = place.settings.data
     source_bytes = sum(stamp(source.path)[0] for source in listing.sources if source.path.exists())
     workers, free = data.workers or available_cores(), free_bytes(place.store_folder)
-    plan = plan_run(listing, place.store_folder, modalities, data, retry)
+    plan = plan_run(listing, place.store_folder, modalities, data, retry, device)
     cost = _forecast(console, plan.jobs, workers)
     payload = {
         "videos": str(folder),
@@ -192,6 +220,8 @@ def _plan(
         "forecast": None if cost is None else cost.row(),
         "rejects": [{"path": path, "reason": reason} for path, reason in listing.rejects],
     }
+    if "flow" in modalities:
+        payload["flow_device"] = device
     if listing.ground_truth is not None:
         truths = {subset: asdict(truth) for subset, truth in listing.ground_truth.items()}
         payload |= {"ground_truth": truths, **_problem_rows(listing.problems, len(listing.problems))}
@@ -237,7 +267,9 @@ def _keep_page(place: Place, modalities: Sequence[str]) -> None:
     page["data"] = page.get("data", {}) | settings.data.model_dump(mode="json")
     if "flow" not in modalities and path.is_file():  # what the flow store was made with stays
         kept = read_page(path).get("data", {})
-        page["data"] |= {key: kept[key] for key in ("flow", "flow_bound") if key in kept}
+        page["data"] |= {
+            key: kept[key] for key in ("flow", "flow_bound", "flow_batch", "flow_weights") if key in kept
+        }
     write_text(path, page_to_toml(page))
 
 

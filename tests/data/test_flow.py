@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import subprocess
+import sys
 from typing import get_args
 
 import cv2
 import numpy as np
 import pytest
+import torch
 
+from gkdcli.data import torch_flow
 from gkdcli.data.flow import FlowEstimator, dequantise, flow_difference, quantise
 from gkdcli.data.video import BadVideo
+from gkdcli.errors import GkdError
 from gkdcli.settings import FlowMethod
 
-METHODS = get_args(FlowMethod)
+METHODS = [method for method in get_args(FlowMethod) if method != "raft"]  # which needs weights
 
 
 def _texture(height: int = 96, width: int = 128) -> np.ndarray:
@@ -32,7 +38,7 @@ def _shifted(x: int, y: int) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("x", "y"), [(3, 0), (0, -2), (-2, 3)])
 def test_a_known_shift_is_found(method: FlowMethod, x: int, y: int) -> None:
-    flow = FlowEstimator(method, 20.0).between(*_shifted(x, y))
+    flow = FlowEstimator(method, 20.0).block(_shifted(x, y))[0]
     assert flow.shape == (96, 128, 2)
     assert flow.dtype == np.uint8
     speed = flow[16:-16, 16:-16].astype(float) * 40 / 255 - 20
@@ -53,7 +59,7 @@ def test_the_stored_value_is_that_of_the_published_tools() -> None:
 def test_no_motion_is_grey() -> None:
     still = _texture()
     for method in METHODS:
-        assert np.abs(FlowEstimator(method, 20.0).between(still, still).astype(int) - 128).mean() < 0.5
+        assert np.abs(FlowEstimator(method, 20.0).block([still, still]).astype(int) - 128).mean() < 0.5
 
 
 def test_parameters_are_those_of_the_paper() -> None:
@@ -81,13 +87,13 @@ def test_frames_of_any_size_give_flow_or_a_reason(method: FlowMethod) -> None:
     for height, width in ((1, 1), (2, 9), (7, 7), (13, 17), (33, 31)):
         one, two = (rng.integers(0, 255, (height, width)).astype(np.uint8) for _ in range(2))
         with contextlib.suppress(BadVideo):
-            assert FlowEstimator(method, 20.0).between(one, two).shape == (height, width, 2)
+            assert FlowEstimator(method, 20.0).block([one, two]).shape == (1, height, width, 2)
 
 
 def test_the_difference_to_tvl1_is_what_was_added() -> None:
     """TV-L1 itself differs by its rounding; a px added to x is seen as a px, what the bound cut is not."""
     before, after = _shifted(3, -1)
-    stored = FlowEstimator("tvl1", 20.0).between(before, after)
+    stored = FlowEstimator("tvl1", 20.0).block([before, after])[0]
     step = 40 / 255
     same = flow_difference(before, after, stored, 20.0)
     assert same.shape == before.shape
@@ -95,7 +101,7 @@ def test_the_difference_to_tvl1_is_what_was_added() -> None:
     moved = stored.copy()
     moved[..., 0] += 7
     assert flow_difference(before, after, moved, 20.0).mean() == pytest.approx(7 * step, abs=step / 2)
-    narrow = FlowEstimator("tvl1", 2.0).between(before, after)
+    narrow = FlowEstimator("tvl1", 2.0).block([before, after])[0]
     assert flow_difference(before, after, narrow, 2.0).max() <= 4 / 255 / 2 * 2**0.5 + 1e-4
     with pytest.raises(BadVideo):
         flow_difference(before[:1, :1], after[:1, :1], stored[:1, :1], 20.0)
@@ -104,3 +110,51 @@ def test_the_difference_to_tvl1_is_what_was_added() -> None:
 def test_speeds_come_back_to_half_a_step() -> None:
     speeds = np.linspace(-20, 20, 1001, dtype=np.float32)
     assert np.abs(dequantise(quantise(speeds, 20.0), 20.0) - speeds).max() <= 20 / 255 + 1e-5
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_block_is_its_pairs(method: FlowMethod) -> None:
+    """However long: also where more pairs come than are taken at once."""
+    whole = _texture()
+    frames = [np.ascontiguousarray(whole[20:44, 10 + 2 * step : 42 + 2 * step]) for step in range(5)]
+    flow = FlowEstimator(method, 20.0, batch=3).block(frames)
+    assert flow.shape == (4, 24, 32, 2)
+    for number, pair in enumerate(itertools.pairwise(frames)):
+        one = FlowEstimator(method, 20.0).block(pair)[0].astype(int)
+        assert np.abs(one - flow[number]).max() <= (method == "tvl1-torch")
+
+
+def test_only_methods_of_pytorch_import_it() -> None:
+    code = (
+        "import sys; from gkdcli.data import jobs; from gkdcli.data.flow import FlowEstimator;"
+        "[FlowEstimator(method, 20.0) for method in ('tvl1', 'dis', 'farneback')];"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_spent_memory_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    def spent(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(torch_flow, "tvl1_flow", spent)
+    with pytest.raises(GkdError, match="12 pairs of 80x64 px") as caught:
+        FlowEstimator("tvl1-torch", 20.0, batch=12).block([np.zeros((64, 80), np.uint8)] * 3)
+    assert "data.flow_batch=6" in caught.value.hint
+
+
+def test_where_nothing_can_be_compiled_flow_is_computed_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU without a compiler: it fails when it is first used. The device is the CPU here."""
+
+    def fails(*_: object, **__: object) -> None:
+        raise RuntimeError("no compiler\nand a long story")
+
+    monkeypatch.setattr(torch_flow, "_COMPILED_ON", ("cpu",))
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: fails)
+    torch_flow.compiled_tvl1.cache_clear()
+    try:
+        estimator = FlowEstimator("tvl1-torch", 20.0)
+    finally:
+        torch_flow.compiled_tvl1.cache_clear()
+    assert estimator.note.endswith("nothing can be compiled here (no compiler)")
+    assert estimator.block(_shifted(1, 1)).shape == (1, 96, 128, 2)
