@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from stat import S_ISDIR
 
 from gkdcli.errors import GkdError
 
@@ -89,11 +90,13 @@ def write_json(path: Path, document: object) -> None:
 
 def sweep_temporaries(folder: Path) -> int:
     """Removes temporary files below `folder` that a killed run left; returns how many."""
-    found = folder.rglob(".*.tmp") if folder.is_dir() else ()
-    stale = [path for path in found if re.fullmatch(r"\..+\.\d+\.tmp", path.name)]
-    for path in stale:
-        path.unlink(missing_ok=True)
-    return len(stale)
+    swept = 0
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            if name.endswith(".tmp") and re.fullmatch(r"\..+\.\d+\.tmp", name, re.DOTALL):
+                Path(inside, name).unlink(missing_ok=True)
+                swept += 1
+    return swept
 
 
 @contextlib.contextmanager
@@ -201,11 +204,11 @@ def stamp(path: Path) -> tuple[int, int]:
     Raises:
         OSError: there is nothing there, or it cannot be read.
     """
-    if path.is_dir():
-        stats = [entry.stat() for entry in _files(path).values()]
-        return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+    found = path.stat()
+    if not S_ISDIR(found.st_mode):
+        return found.st_size, found.st_mtime_ns
+    stats = [entry.stat() for entry in _files(path).values()]
+    return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
 
 
 def _files(folder: Path) -> dict[str, os.DirEntry[str]]:

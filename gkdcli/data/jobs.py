@@ -13,7 +13,7 @@ from gkdcli.data.annotations import Source
 from gkdcli.data.arrays import ArrayVideo
 from gkdcli.data.flow import FlowEstimator
 from gkdcli.data.images import FrameFolder
-from gkdcli.data.parts import PartWriter, Stored, read_attributes
+from gkdcli.data.parts import PartWriter, Stored, read_about
 from gkdcli.data.video import BadFlow, BadVideo, VideoReader, encode_flow, stored_size
 from gkdcli.files import digest, disk_is_full, stamp
 from gkdcli.runs import version
@@ -224,7 +224,7 @@ def _frames_beside(part: Path | None, attributes: Mapping[str, Any]) -> int | No
     if part is None or not part.exists():
         return None
     try:
-        found = read_attributes(part)
+        found = read_about(part)
     except OSError:
         return None  # a damaged one is found where it is used
     stale = found["source"] == attributes["source"] and found["source_digest"] != attributes["source_digest"]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gkdcli.data.action_files import told
-from gkdcli.data.parts import part_path, read_attributes
+from gkdcli.data.parts import part_path, read_about
 from gkdcli.data.sources import Problem, Source
 from gkdcli.settings import DataSettings
 
@@ -33,8 +33,8 @@ def misfits(
         if not source.annotated_by:
             continue
         part = part_path(parts, source.class_name, source.name)
-        if part.exists():
-            attributes = known.get(part) or read_attributes(part)
+        if part in known or part.exists():
+            attributes = known.get(part) or read_about(part)
             found += (
                 Problem(file or source.annotated_by, line, source.name, reason)
                 for file, line, reason in _of(source, attributes, data)
