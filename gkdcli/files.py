@@ -13,11 +13,13 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from stat import S_ISDIR
 
 from gkdcli.errors import GkdError
+
+_BLOCK_BYTES = 4 << 20  # read at a time for a digest
 
 
 @contextlib.contextmanager
@@ -189,13 +191,22 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def digest(path: Path) -> str:
-    """SHA-256 in hexadecimal: of a file's bytes, or of names and digests of the files in a folder."""
+def digest(path: Path, tick: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 in hexadecimal: of a file's bytes, or of names and digests of the files in a folder.
+
+    Args:
+        path: of the file or folder.
+        tick: called after every few MB.
+    """
     if path.is_dir():
-        lines = [f"{digest(path / name)} {name}\n" for name in sorted(_files(path))]
+        lines = [f"{digest(path / name, tick)} {name}\n" for name in sorted(_files(path))]
         return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    found = hashlib.sha256()
+    with open(path, "rb", buffering=0) as handle:
+        while block := handle.read(_BLOCK_BYTES):
+            found.update(block)
+            tick()
+    return found.hexdigest()
 
 
 def stamp(path: Path) -> tuple[int, int]:

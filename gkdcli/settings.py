@@ -60,6 +60,14 @@ class DataSettings(_Section):
         le=256.0,
     )
     workers: int = _setting(0, "processes of `gkd prepare`; 0: one per core", "processes", ge=0, le=256)
+    timeout: float = _setting(
+        600.0,
+        "a video of which no frame came for so long is given up and rejected, however long it is as a whole;"
+        " 0 waits for ever",
+        "s",
+        ge=0.0,
+        le=86400.0,
+    )
     test_fraction: float = _setting(
         0.2, "share of each class tested where a folder names no split", "fraction", gt=0.0, lt=1.0
     )
@@ -76,7 +84,7 @@ class DataSettings(_Section):
 
     def stored(self, modality: str) -> dict[str, Any]:
         """The settings that a store depends on; a page that differs in them is refused."""
-        others = {"workers", "holdout"} | (set() if modality == "flow" else {"flow", "flow_bound"})
+        others = {"workers", "timeout", "holdout"} | (set() if modality == "flow" else {"flow", "flow_bound"})
         return self.model_dump(mode="json", exclude=others)
 
     @model_validator(mode="after")

@@ -109,7 +109,7 @@ def prepare_parts(
             if plan.jobs:
                 size = min(workers or available_cores(), len(plan.jobs))
                 try:
-                    with _signals() as signals, Crew(work, size) as crew:
+                    with _signals() as signals, Crew(work, size, data.timeout) as crew:
                         _check_disk(crew, plan.jobs, store_folder, signals)
                         for modality in {modality for job in plan.jobs for modality in job.parts}:
                             mark_unfinished(
@@ -178,6 +178,8 @@ class _Tally:
         if isinstance(result, Crashed):
             number = result.signal_number
             reason = f"the decoder crashed ({f'signal {number}' if number else 'it ended the process'})"
+            if result.silent_sec:
+                reason = f"not one more frame in {result.silent_sec:.0f} s, the limit that data.timeout sets"
             self.plan.rejected[str(path)] = Reject(reason) if result.killed else Reject.of(path, reason)
         elif result.reason:
             self.plan.rejected[str(path)] = (

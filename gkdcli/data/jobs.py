@@ -15,6 +15,7 @@ from gkdcli.data.flow import FlowEstimator
 from gkdcli.data.images import FrameFolder
 from gkdcli.data.parts import PartWriter, Stored, read_about
 from gkdcli.data.video import BadFlow, BadVideo, VideoReader, encode_flow, stored_size
+from gkdcli.data.workers import beat
 from gkdcli.files import digest, disk_is_full, stamp
 from gkdcli.runs import version
 from gkdcli.settings import MODALITIES, DataSettings
@@ -73,9 +74,13 @@ def work(job: Job) -> Result:
     try:
         return _probe(job) if job.probe_only else _prepare(job)
     except BadVideo as error:
-        return Result(reason=" ".join(str(error).split()), again=isinstance(error, BadFlow))
+        return Result(reason=" ".join(str(error).split()), again=isinstance(error, BadFlow | _Changed))
     except MemoryError:
         return Result(reason="needs more memory than there is")
+
+
+class _Changed(BadVideo):
+    """The reason holds for the file that was there; nobody has tried the one that is there now."""
 
 
 _Video = VideoReader | FrameFolder | ArrayVideo
@@ -114,7 +119,7 @@ def _prepare(job: Job) -> Result:
     for path in files.values():
         try:
             before[path] = stamp(path)
-            found[path] = found[path] if path in found else digest(path)
+            found[path] = found[path] if path in found else digest(path, beat)
         except OSError as error:
             raise BadVideo(f"cannot be read: {error.strerror}") from None
     if all(job.known.get(modality) == found[path] for modality, path in files.items()):
@@ -158,7 +163,7 @@ def _prepare(job: Job) -> Result:
                     height=height,
                 )
             if any(_stamp(path) != stamped for path, stamped in before.items()):
-                raise BadVideo("it changed while it was read")
+                raise _Changed("it changed while it was read")
         written = sum(part.stat().st_size for part in job.parts.values())
         return Result(max(part.frames for part in parts.values()), written)
     except (OSError, RuntimeError) as error:  # RuntimeError is h5py's other voice
@@ -187,6 +192,7 @@ def _write(
     estimator = FlowEstimator(data.flow, data.flow_bound)
     previous = motion = None
     for picture in video.pictures(data):
+        beat()
         if rgb is not None:
             rgb.append(picture.stored(data))
         if flow is not None:
@@ -213,6 +219,7 @@ def _write_given_flow(
     """Flow that was extracted before."""
     images: Stored | None = None
     for images in video.flows(data):
+        beat()
         flow.append(images)
     if images is not None and not video.has_frames and beside == flow.frames + 1:
         flow.append(images)  # one image fewer than frames is usual

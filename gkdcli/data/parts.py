@@ -26,6 +26,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from gkdcli.data.workers import beat
 from gkdcli.errors import GkdError
 from gkdcli.files import atomic_path
 
@@ -110,6 +111,7 @@ class _Stream:
         self._spill()
         self._spool.seek(0)
         for start in range(0, self.offsets[-1], _HELD_BYTES):
+            beat()
             block = np.frombuffer(self._spool.read(_HELD_BYTES), np.uint8)
             frames[start : start + len(block)] = block
 
