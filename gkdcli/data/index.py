@@ -17,7 +17,7 @@ import h5py
 import numpy as np
 
 from gkdcli.data.parts import SCHEMA as PART_SCHEMA
-from gkdcli.data.parts import damaged_part, escape, part_path, read_about, read_attributes
+from gkdcli.data.parts import damaged_part, escape, read_about, read_attributes
 from gkdcli.data.segments import Segment
 from gkdcli.data.sources import SUBSETS, Listing, Source, Subset
 from gkdcli.errors import GkdError
@@ -61,7 +61,7 @@ def build_index(
     modality: str,
     listing: Listing,
     settings: Mapping[str, Any],
-    known: Mapping[Path, Mapping[str, Any]] | None = None,
+    known: Mapping[str, Mapping[str, Any]] | None = None,
 ) -> Path:
     """Writes `<store_folder>/<modality>.h5` from the parts; listed videos without a part are left out.
 
@@ -73,7 +73,7 @@ def build_index(
         modality: the name of the folder of parts.
         listing: classes and splits; the position of a class is its label.
         settings: `DataSettings.stored(modality)` of the parts.
-        known: attributes of parts that were read already.
+        known: attributes of parts that were read already, by path.
 
     Returns:
         The index.
@@ -96,19 +96,20 @@ def build_index(
     folder = store_folder / modality
     for source in sorted(listing.sources, key=order):
         try:
-            part = part_path(folder, source.class_name, source.name)
+            name, class_name = escape(source.name), escape(source.class_name)
         except ValueError:
             continue
+        part = f"{folder}/{class_name}/{name}.h5"
         try:
             found = (known or {}).get(part) or read_about(part)
         except FileNotFoundError:
             continue
         except OSError as error:
-            raise damaged_part(part, str(error)) from None
+            raise damaged_part(Path(part), str(error)) from None
         rows.append(
             (
-                escape(source.name),
-                escape(source.class_name),
+                name,
+                class_name,
                 -1 if untrimmed else labels[source.class_name],
                 found["frame_count"],
                 found["fps"],

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from gkdcli.data.jobs import Job
-from gkdcli.data.parts import part_path, read_about
+from gkdcli.data.parts import part_file, read_about
 from gkdcli.data.rejects import Reject, cell
 from gkdcli.data.sources import Listing, Source
 from gkdcli.data.store import setting_differences
@@ -33,13 +33,13 @@ class Plan:
     skipped: int = 0
     rejected: dict[str, Reject] = field(default_factory=dict)
     unlisted: int = 0
-    attributes: dict[Path, dict[str, Any]] = field(default_factory=dict)  # of the parts that stay
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the parts that stay, by path
 
 
 class _Seen(NamedTuple):
     """What lies on the disk of one video, by modality."""
 
-    parts: Mapping[str, Path]
+    parts: Mapping[str, str]
     stamps: Mapping[str, tuple[int, int]]
     found: Mapping[str, dict[str, Any]]
     bad: str = ""
@@ -73,26 +73,28 @@ def plan_parts(
         if seen.bad:
             plan.rejected[path] = Reject(seen.bad)
             continue
-        listed.update(str(seen.parts[modality]) for modality in modalities)
+        listed.update(seen.parts[modality] for modality in modalities)
         missing, digests = {}, {}
         for modality in modalities:
             part, found = seen.parts[modality], seen.found[modality]
             size, mtime_ns = seen.stamps[modality]
             if found.get("source_size") == size:
                 if found["settings"] != same[modality]:
-                    check_settings(part, json.loads(found["settings"]), settings[modality])
+                    check_settings(Path(part), json.loads(found["settings"]), settings[modality])
                 if found["source_mtime_ns"] == mtime_ns:
                     plan.attributes[part] = {key: found[key] for key in _KEPT if key in found}
                     continue
                 digests[modality] = found["source_digest"]
-            missing[modality] = part
+            missing[modality] = Path(part)
         old = known.get(cell(path), Reject(""))
         if not missing:
             plan.skipped += 1
         elif old.size >= 0 and old == Reject.of(source.path, old.reason) and not digests:
             plan.rejected[path] = old
         else:
-            beside = next((part for modality, part in seen.parts.items() if modality not in missing), None)
+            beside = next(
+                (Path(part) for modality, part in seen.parts.items() if modality not in missing), None
+            )
             files = {source.file(modality): seen.stamps[modality][0] for modality in missing}
             plan.jobs.append(Job(source, missing, data, sum(files.values()), digests, beside))
     for modality in modalities:
@@ -102,7 +104,7 @@ def plan_parts(
 
 def _look(sources: Sequence[Source], store_folder: Path, modalities: Sequence[str]) -> list[_Seen]:
     """In the order of the sources."""
-    folders = {modality: store_folder / modality for modality in MODALITIES}
+    folders = {modality: str(store_folder / modality) for modality in MODALITIES}
     look = partial(_look_at, folders, modalities)
     if len(sources) <= _TOGETHER:
         return [look(source) for source in sources]
@@ -111,10 +113,10 @@ def _look(sources: Sequence[Source], store_folder: Path, modalities: Sequence[st
         return [seen for block in pool.map(lambda block: [*map(look, block)], blocks) for seen in block]
 
 
-def _look_at(folders: Mapping[str, Path], modalities: Sequence[str], source: Source) -> _Seen:
+def _look_at(folders: Mapping[str, str], modalities: Sequence[str], source: Source) -> _Seen:
     try:
         parts = {
-            modality: part_path(folder, source.class_name, source.name)
+            modality: part_file(folder, source.class_name, source.name)
             for modality, folder in folders.items()
         }
         stamps = {modality: stamp(source.file(modality)) for modality in modalities}
@@ -125,7 +127,7 @@ def _look_at(folders: Mapping[str, Path], modalities: Sequence[str], source: Sou
     return _Seen(parts, stamps, {modality: _attributes(parts[modality]) for modality in modalities})
 
 
-def _attributes(part: Path) -> dict[str, Any]:
+def _attributes(part: str) -> dict[str, Any]:
     """Of a whole part; empty where there is none."""
     try:
         return read_about(part)

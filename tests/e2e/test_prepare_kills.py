@@ -1,6 +1,6 @@
 """`gkd prepare` is killed at any moment of its life; the same command goes on, and the store comes out equal.
 
-    python -m tests.e2e.test_prepare_kills [KILLS [SEED]]
+    python -m tests.e2e.test_prepare_kills [KILLS [SEED [MINUTES]]]
 
 Real kills of real processes. A driver that has imported everything forks the command, so that the moments
 fall into its work and not into imports.
@@ -91,9 +91,11 @@ class Commands:
         assert self._driver.stdout
         code = int(self._driver.stdout.readline())
         deadline = time.monotonic() + 120
-        while _session(pid):
-            assert time.monotonic() < deadline, "processes outlive the command"
-            time.sleep(0.01)
+        with contextlib.suppress(ProcessLookupError):
+            while True:
+                os.killpg(pid, 0)
+                assert time.monotonic() < deadline, "processes outlive the command"
+                time.sleep(0.02)
         return code
 
     def close(self) -> None:
@@ -157,17 +159,19 @@ class Study:
         if moment == "any time":
             _sleep(pid, self.rng.uniform(0, self.usual_sec))
             return
-        wanted = self.parts if moment == "towards the end" else self.rng.randint(1, self.parts)
+        next_part = min(len(self.finished) + 1, self.parts)
+        wanted = self.parts if moment == "towards the end" else self.rng.randint(next_part, self.parts)
         while os.path.exists(f"/proc/{pid}/status") and _lives(pid):
             if len(_finished(store, self.modalities)) >= wanted:
                 break
-            time.sleep(0.001)
+            time.sleep(0.003)
         _sleep(pid, self.rng.uniform(0, 0.15 if moment == "towards the end" else 0.03))
 
     def kill(self) -> bool:
         """Starts the command and kills it, or a worker of it; False where it had ended before."""
-        moment = self.rng.choice(["any time", "any time", "after a part", "towards the end"])
+        moment = self.rng.choice(["any time", "after a part", "after a part", "towards the end"])
         worker = self.rng.random() < 0.2
+        started = time.monotonic()
         pid = self.commands.start(self.modality)
         self._await(pid, moment)
         victims = _workers(pid) if worker else [pid]
@@ -183,7 +187,8 @@ class Study:
         elif not killed:
             assert code == 0, self.commands.log.read_text()
         self.check(complete=code == 0)
-        if code == 0:
+        if code == 0:  # the machine may be busier than it was, or less
+            self.usual_sec += (time.monotonic() - started - self.usual_sec) / 4
             self._anew()
         return killed
 
@@ -261,11 +266,13 @@ def _sleep(pid: int, seconds: float) -> None:
 def kill_often(
     folder: Path, modality: str, kills: int, seed: int, until: float = float("inf")
 ) -> Counter[str]:
-    """So many kills, then an undisturbed end; what they met."""
+    """So many kills, or as many as there is time for, then an undisturbed end; what they met."""
     study = Study(folder, modality, seed)
     done = 0
     while done < kills and time.monotonic() < until:
         done += study.kill()
+        if done % 10 == 0:
+            print(f"{modality}: {done} kills, {study.seen.total()} starts", file=sys.stderr, flush=True)
     study.end()
     return study.seen
 
@@ -314,13 +321,17 @@ def test_a_second_command_is_refused_and_the_first_is_undisturbed(
     assert content(commands.store) == content(alone / "stores" / "mine")
 
 
-if __name__ == "__main__":
-    wanted, seed = int((sys.argv[1:] or ["500"])[0]), int((sys.argv[2:] or ["2"])[0])
+def main() -> None:
+    """Half of the kills on each stream; prints what they met."""
+    given = [int(word) for word in sys.argv[1:]]
+    kills, seed, minutes = [*given, *(500, 2, 600)[len(given) :]]
     for stream in ("rgb", "flow"):
         began = time.monotonic()
         with tempfile.TemporaryDirectory() as name:
-            found = kill_often(Path(name), stream, wanted // 2, seed)
-        print(
-            f"{stream}, {time.monotonic() - began:.0f} s: {json.dumps(found, indent=1, sort_keys=True)}",
-            flush=True,
-        )
+            found = kill_often(Path(name), stream, kills // 2, seed, began + minutes * 30)
+        took = time.monotonic() - began
+        print(f"{stream}, {took:.0f} s: {json.dumps(found, indent=1, sort_keys=True)}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
