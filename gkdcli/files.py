@@ -14,12 +14,14 @@ import shutil
 import socket
 import sys
 import time
-from collections.abc import Container, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
+from stat import S_ISDIR
 
 from gkdcli.errors import GkdError
 
 _PATIENCE_SEC = 0.5  # `is_locked` of another process may hold a lock for a moment
+_BLOCK_BYTES = 4 << 20  # read at a time for a digest
 
 
 @contextlib.contextmanager
@@ -99,11 +101,13 @@ def temporaries(folder: Path, of: Container[Path] | None = None) -> list[Path]:
         folder: is searched.
         of: only what was to become one of these files.
     """
-    found = folder.rglob(".*.tmp") if folder.is_dir() else ()
-    named = {path: re.fullmatch(r"\.(.+)\.\d+\.tmp", path.name) for path in found}
-    return sorted(
-        path for path, name in named.items() if name and (of is None or path.with_name(name[1]) in of)
-    )
+    found = []
+    for inside, _, names in os.walk(folder):
+        for name in names:
+            named = name.endswith(".tmp") and re.fullmatch(r"\.(.+)\.\d+\.tmp", name, re.DOTALL)
+            if named and (of is None or Path(inside, named[1]) in of):
+                found.append(Path(inside, name))
+    return sorted(found)
 
 
 def sweep_temporaries(folder: Path, of: Container[Path] | None = None) -> int:
@@ -261,13 +265,22 @@ def human_bytes(count: float) -> str:
     return f"{count:.1f} TB"
 
 
-def digest(path: Path) -> str:
-    """SHA-256 in hexadecimal: of a file's bytes, or of names and digests of the files in a folder."""
+def digest(path: Path, tick: Callable[[], None] = lambda: None) -> str:
+    """SHA-256 in hexadecimal: of a file's bytes, or of names and digests of the files in a folder.
+
+    Args:
+        path: of the file or folder.
+        tick: called after every few MB.
+    """
     if path.is_dir():
-        lines = [f"{digest(path / name)} {name}\n" for name in sorted(_files(path))]
+        lines = [f"{digest(path / name, tick)} {name}\n" for name in sorted(_files(path))]
         return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+    found = hashlib.sha256()
+    with open(path, "rb", buffering=0) as handle:
+        while block := handle.read(_BLOCK_BYTES):
+            found.update(block)
+            tick()
+    return found.hexdigest()
 
 
 def stamp(path: Path) -> tuple[int, int]:
@@ -276,11 +289,11 @@ def stamp(path: Path) -> tuple[int, int]:
     Raises:
         OSError: there is nothing there, or it cannot be read.
     """
-    if path.is_dir():
-        stats = [entry.stat() for entry in _files(path).values()]
-        return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
-    stat = path.stat()
-    return stat.st_size, stat.st_mtime_ns
+    found = path.stat()
+    if not S_ISDIR(found.st_mode):
+        return found.st_size, found.st_mtime_ns
+    stats = [entry.stat() for entry in _files(path).values()]
+    return sum(stat.st_size for stat in stats), max((stat.st_mtime_ns for stat in stats), default=0)
 
 
 def _files(folder: Path) -> dict[str, os.DirEntry[str]]:

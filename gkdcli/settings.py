@@ -82,6 +82,14 @@ class DataSettings(_Section):
         ge=0.0,
         le=1.0,
     )
+    timeout: float = _setting(
+        600.0,
+        "a video of which no frame came for so long is given up and rejected, however long it is as a whole;"
+        " 0 waits for ever",
+        "s",
+        ge=0.0,
+        le=86400.0,
+    )
     test_fraction: float = _setting(
         0.2, "share of each class tested where a folder names no split", "fraction", gt=0.0, lt=1.0
     )
@@ -98,7 +106,7 @@ class DataSettings(_Section):
 
     def stored(self, modality: str) -> dict[str, Any]:
         """The settings that a store depends on; a page that differs in them is refused."""
-        others = {"workers", "gpu_share", "holdout", "flow_batch", "flow_weights"}
+        others = {"workers", "gpu_share", "timeout", "holdout", "flow_batch", "flow_weights"}
         others |= set() if modality == "flow" else {"flow", "flow_bound"}
         return self.model_dump(mode="json", exclude=others)
 

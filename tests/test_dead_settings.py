@@ -149,6 +149,17 @@ def drawn_pixels(house: House, sets: list[str]) -> bytes:
     return sorted(root.glob("datasets/**/*.mp4"))[0].read_bytes()
 
 
+def reason_of_a_hang(house: House, sets: list[str]) -> str:
+    """Why a video is rejected one of whose images never ends."""
+    folder = house.fresh() / "frames" / "up" / "a"
+    folder.mkdir(parents=True)
+    os.mkfifo(folder / "img_00001.jpg")
+    root = folder.parents[2]
+    words = ("prepare", "folder", "--from-frames", folder.parents[1], "--name", "own", "--root", root)
+    assert house.gkd(*words, *_flags(sets)).code == 1  # nothing else is there
+    return (root / "stores" / "own" / "rgb.rejected.tsv").read_text()
+
+
 def subsets(house: House, sets: list[str]) -> Any:
     """Test videos of a folder that names no split."""
     return house.prepare(sets, "--dry-run", "--json")[0].must().json["result"]["test"]
@@ -368,6 +379,7 @@ ROWS = [
     Row("data.flow_weights", "none.pth", raft_refusal),
     Row("data.workers", "2", processes("prepare"), ("data.workers=1",)),
     Row("data.gpu_share", "0.5", warned),  # what it does on a cluster: tests/data/test_cluster.py
+    Row("data.timeout", "2", reason_of_a_hang, ("data.timeout=1",)),
     Row("data.test_fraction", "0.6", subsets),
     Row("data.holdout", "0", plan_of("distill", "held_out_videos")),
     Row("data.draw_train", "5", drawing_plan),

@@ -96,12 +96,8 @@ def test_a_store_does_not_depend_on_how_it_was_made_or_is_divided() -> None:
     """A store stays usable with another number of processes and another held-out share."""
     one, other = DataSettings(workers=1, holdout=0.0), DataSettings(workers=8, holdout=0.5)
     assert one.stored("rgb") == other.stored("rgb")
-    assert set(one.stored("flow")) == set(DataSettings.model_fields) - {
-        "workers",
-        "holdout",
-        "flow_batch",
-        "flow_weights",
-    }
+    others = {"workers", "gpu_share", "timeout", "holdout", "flow_batch", "flow_weights"}
+    assert set(one.stored("flow")) == set(DataSettings.model_fields) - others
     assert set(one.stored("flow")) - set(one.stored("rgb")) == {"flow", "flow_bound"}
 
 

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import io
 import json
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -145,18 +146,18 @@ class _Scan:
     def class_folder(self, folder: Path, subset: Subset) -> None:
         """Takes every video directly in `folder` as one of class `folder.name`."""
         videos = 0
-        for path in _entries(folder):
-            if self.frames and path.is_dir():
-                self.found[folder.name, path.name].append(Source(path, folder.name, path.name, {1: subset}))
-                videos += 1
-            elif path.is_dir():
-                self.rejects.append((str(path), "a folder within the folder of a class is not read"))
-            elif self.frames or video_stem(path.name) is None:
+        for entry in _scanned(folder):
+            name = entry.name if self.frames else video_stem(entry.name)
+            is_folder = _is(entry.is_dir)
+            if is_folder and not self.frames:
+                self.rejects.append((entry.path, "a folder within the folder of a class is not read"))
+            elif name is None or is_folder != self.frames:
                 self.ignored += 1
-            elif not path.is_file():
-                self.rejects.append((str(path), "not a file, or a link that leads nowhere"))
+            elif not is_folder and not _is(entry.is_file):
+                self.rejects.append((entry.path, "not a file, or a link that leads nowhere"))
             else:
-                self.found[folder.name, path.stem].append(Source(path, folder.name, path.stem, {1: subset}))
+                source = Source(Path(entry.path), folder.name, name, {1: subset})
+                self.found[folder.name, name].append(source)
                 videos += 1
         if not videos:
             self.rejects.append((str(folder), "a class folder without videos"))
@@ -183,12 +184,28 @@ class _Scan:
 
 
 def _entries(folder: Path) -> list[Path]:
+    return [folder / entry.name for entry in _scanned(folder)]
+
+
+def _scanned(folder: Path) -> list[os.DirEntry[str]]:
+    """In the order of names, hidden ones left out; entries know what they are without another look."""
     try:
-        return sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+        with os.scandir(folder) as entries:
+            return sorted(
+                (entry for entry in entries if not entry.name.startswith(".")), key=lambda entry: entry.name
+            )
     except OSError as error:
         raise GkdError(
             "a folder cannot be read", f"{folder}: {error.strerror}", "check its permissions"
         ) from None
+
+
+def _is(kind: Callable[[], bool]) -> bool:
+    """`is_dir` or `is_file` of an entry; False of a link to itself."""
+    try:
+        return kind()
+    except OSError:
+        return False
 
 
 def _holds_only_folders(folder: Path) -> bool:
@@ -209,7 +226,8 @@ def _exists(path: Path, folder: bool) -> bool:
 def _divide(sources: list[Source], test_fraction: float) -> list[Source]:
     """Tests a share of each class, at least one video and not all, chosen by a hash of the names.
 
-    Neither the order of files nor the rest of the folder matters; a class of one video is trained on.
+    Neither the order of files nor the rest of the folder matters; a class of one video is trained on, as all
+    sources are to begin with.
     """
     by_class: dict[str, list[Source]] = defaultdict(list)
     for source in sources:
@@ -220,7 +238,7 @@ def _divide(sources: list[Source], test_fraction: float) -> list[Source]:
         members.sort(key=_draw)
         tested |= {(source.class_name, source.name) for source in members[:count]}
     return [
-        replace(source, splits={1: "test" if (source.class_name, source.name) in tested else "train"})
+        replace(source, splits={1: "test"}) if (source.class_name, source.name) in tested else source
         for source in sources
     ]
 

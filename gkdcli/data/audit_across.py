@@ -129,9 +129,10 @@ def annotation_findings(stream: Stream, listing: Listing, data: DataSettings) ->
         for key, seen in stream.seen.items()
         if seen.attributes and not seen.damage
     }
+    known = {str(part): attributes for part, attributes in whole.items()}
     good = [source for source in listing.sources if _part(stream, (source.class_name, source.name)) in whole]
     folders = {source.name: source.class_name for source in listing.sources}
-    for problem in [*listing.problems, *misfits(good, stream.index.with_suffix(""), data, whole)]:
+    for problem in [*listing.problems, *misfits(good, stream.index.with_suffix(""), data, known)]:
         kind = next((kind for words, kind in _PROBLEMS if words.search(problem.reason)), "annotation_problem")
         key = (folders.get(problem.video, ""), problem.video)
         place = f"{problem.file} {_place(problem)}".strip()

@@ -346,7 +346,7 @@ def _perform(function: Work, job: Job, ground: _Ground) -> _Done:
     trouble = _examiner()(ground)
     if trouble:
         return _Done(node, _misfit(f"{os.uname().nodename}/{node[:8]}", trouble))
-    crew = _crew(function, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    crew = _crew(function, os.environ.get("CUDA_VISIBLE_DEVICES", ""), job.data.timeout)
     try:
         crew.give(job)  # it has room for one
         while not (finished := crew.collect(60.0)):
@@ -356,11 +356,11 @@ def _perform(function: Work, job: Job, ground: _Ground) -> _Done:
     return _Done(node, finished[0][1])
 
 
-def _crew(function: Work, gpus: str) -> Crew[Job, Result]:
+def _crew(function: Work, gpus: str, timeout_sec: float) -> Crew[Job, Result]:
     """Kept from task to task, until another GPU is given: a process stays on the first it sees."""
     if (function, gpus) not in _crews:
         for old in _crews.values():
             old.__exit__(None, None, None)
         _crews.clear()
-        _crews[function, gpus] = Crew(function, 1)
+        _crews[function, gpus] = Crew(function, 1, timeout_sec)
     return _crews[function, gpus]

@@ -125,7 +125,7 @@ def prepare_parts(
                         _signals() as signals,
                         cluster.open(work, store_folder, plan.jobs, workers)
                         if cluster
-                        else Crew(work, size) as crew,
+                        else Crew(work, size, data.timeout) as crew,
                     ):
                         _check_disk(crew, plan.jobs, store_folder, signals)
                         _mark(store_folder, dataset, settings, plan.jobs, whole)
@@ -225,6 +225,8 @@ class _Tally:
         if isinstance(result, Crashed):
             number = result.signal_number
             reason = f"the decoder crashed ({f'signal {number}' if number else 'it ended the process'})"
+            if result.silent_sec:
+                reason = f"not one more frame in {result.silent_sec:.0f} s, the limit that data.timeout sets"
             self.plan.rejected[str(path)] = Reject(reason) if result.killed else Reject.of(path, reason)
         elif result.reason:
             self.plan.rejected[str(path)] = (

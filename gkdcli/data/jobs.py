@@ -14,8 +14,9 @@ from gkdcli.data.annotations import Source
 from gkdcli.data.arrays import ArrayVideo
 from gkdcli.data.flow import FlowEstimator
 from gkdcli.data.images import FrameFolder
-from gkdcli.data.parts import Bytes, PartWriter, Stored, read_attributes
+from gkdcli.data.parts import Bytes, PartWriter, Stored, read_about
 from gkdcli.data.video import BadFlow, BadVideo, VideoReader, encode_flow, stored_size
+from gkdcli.data.workers import beat
 from gkdcli.errors import GkdError
 from gkdcli.files import digest, disk_is_full, stamp
 from gkdcli.runs import version
@@ -94,11 +95,15 @@ def work(job: Job) -> Result:
     try:
         return _probe(job) if job.probe_only else _prepare(job)
     except BadVideo as error:
-        return Result(reason=" ".join(str(error).split()), again=isinstance(error, BadFlow))
+        return Result(reason=" ".join(str(error).split()), again=isinstance(error, BadFlow | _Changed))
     except GkdError as error:
         return Result(error=error)
     except MemoryError:
         return Result(reason="needs more memory than there is")
+
+
+class _Changed(BadVideo):
+    """The reason holds for the file that was there; nobody has tried the one that is there now."""
 
 
 _Video = VideoReader | FrameFolder | ArrayVideo
@@ -137,7 +142,7 @@ def _prepare(job: Job) -> Result:
     for path in files.values():
         try:
             before[path] = stamp(path)
-            found[path] = found[path] if path in found else digest(path)
+            found[path] = found[path] if path in found else digest(path, beat)
         except OSError as error:
             raise BadVideo(f"cannot be read: {error.strerror}") from None
     if all(job.known.get(modality) == found[path] for modality, path in files.items()):
@@ -184,7 +189,7 @@ def _prepare(job: Job) -> Result:
                     height=height,
                 )
             if any(_stamp(path) != stamped for path, stamped in before.items()):
-                raise BadVideo("it changed while it was read")
+                raise _Changed("it changed while it was read")
         written = sum(part.stat().st_size for part in job.parts.values())
         frames = max(part.frames for part in parts.values())
         return Result(frames, written, frame_sec=frame_sec, note=note)
@@ -267,6 +272,7 @@ def _beginning(frames: Iterable[Frame], cut: Cut | None) -> Iterator[Frame]:
     """All frames, or those up to the cut; two at least, between which there is motion."""
     started = time.perf_counter()
     for place, frame in enumerate(frames):
+        beat()
         over = cut and (place >= cut.frames or time.perf_counter() - started > cut.seconds)
         if over and place >= 2:
             return
@@ -278,7 +284,7 @@ def _frames_beside(part: Path | None, attributes: Mapping[str, Any]) -> int | No
     if part is None or not part.exists():
         return None
     try:
-        found = read_attributes(part)
+        found = read_about(part)
     except OSError:
         return None  # a damaged one is found where it is used
     stale = found["source"] == attributes["source"] and found["source_digest"] != attributes["source_digest"]

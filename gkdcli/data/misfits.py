@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from gkdcli.data.action_files import told
-from gkdcli.data.parts import part_path, read_attributes
+from gkdcli.data.parts import part_path, read_about
 from gkdcli.data.sources import Problem, Source
 from gkdcli.settings import DataSettings
 
@@ -18,7 +18,7 @@ def misfits(
     sources: Sequence[Source],
     parts: Path,
     data: DataSettings,
-    known: Mapping[Path, Mapping[str, Any]],
+    known: Mapping[str, Mapping[str, Any]],
 ) -> list[Problem]:
     """What is to be said about annotated videos now that their frames are known; nothing is changed by it.
 
@@ -26,15 +26,15 @@ def misfits(
         sources: those in the store; videos without segments and stated figures are passed over.
         parts: `stores/<dataset>/<modality>`.
         data: how frames were meant to be sampled.
-        known: attributes of parts that were read already.
+        known: attributes of parts that were read already, by path.
     """
     found: list[Problem] = []
     for source in sources:
         if not source.annotated_by:
             continue
         part = part_path(parts, source.class_name, source.name)
-        if part.exists():
-            attributes = known.get(part) or read_attributes(part)
+        if str(part) in known or part.exists():
+            attributes = known.get(str(part)) or read_about(part)
             found += (
                 Problem(file or source.annotated_by, line, source.name, reason)
                 for file, line, reason in _of(source, attributes, data)

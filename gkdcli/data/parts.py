@@ -1,7 +1,9 @@
 """Parts of the store: one HDF5 file per video, written in bounded memory, whole or absent.
 
-The first 512 bytes, HDF5's user block, are a line of JSON that says where the images of a JPEG part lie in
-the file. A clip is read with that, in a quarter of the time that opening the file through HDF5 takes.
+Before the HDF5 file, in its user block, are two lines of JSON. The first, of 512 bytes, says where the
+images of a JPEG part lie: a clip is read with that, in a quarter of the time that opening the file through
+HDF5 takes. The second repeats the attributes, for `read_about`, which looks through a hundred thousand parts.
+Parts without it, which are older or have very long names, are read through HDF5.
 """
 
 from __future__ import annotations
@@ -11,11 +13,11 @@ import hashlib
 import itertools
 import json
 import os
+import re
 import unicodedata
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryFile
 from types import TracebackType
 from typing import Any, Literal
 from urllib.parse import unquote_to_bytes
@@ -24,6 +26,7 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
+from gkdcli.data.spool import Spool
 from gkdcli.errors import GkdError
 from gkdcli.files import atomic_path
 
@@ -31,10 +34,11 @@ SCHEMA = 1
 Storage = Literal["jpeg", "raw"]
 Bytes = NDArray[np.uint8]
 Stored = bytes | tuple[bytes, ...] | Bytes  # one frame: JPEG, JPEGs of x and y, or pixels
-_HELD_BYTES = 16 << 20  # of JPEGs in memory; a longer video waits in an unnamed file
 _LONGEST_NAME = 220  # bytes; a file name has 255, and temporary names add a process id
-_HEAD_BYTES = 512
+_HEAD_BYTES = 512  # the first line
+_BLOCK_BYTES = 2048  # both; HDF5 takes powers of two
 _PLAIN = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789 _-.,!#&'()+;=@[]^{}~$")
+_SIMPLE = re.compile(f"[a-zA-Z0-9_][a-zA-Z0-9 _.-]{{,{_LONGEST_NAME - 1}}}")
 
 
 def escape(name: str) -> str:
@@ -43,6 +47,8 @@ def escape(name: str) -> str:
     Raises:
         ValueError: it is empty, or too long for a file name.
     """
+    if _SIMPLE.fullmatch(name):
+        return name
     text = "".join(
         char if _plain(char) and not (place == 0 and char in ".-") else _percent(char)
         for place, char in enumerate(name)
@@ -56,7 +62,7 @@ def escape(name: str) -> str:
 
 def unescape(text: str) -> str:
     """The name that `escape` was given."""
-    return unquote_to_bytes(text).decode("utf-8", "surrogateescape")
+    return unquote_to_bytes(text).decode("utf-8", "surrogateescape") if "%" in text else text
 
 
 def _plain(char: str) -> bool:
@@ -74,7 +80,12 @@ def part_path(modality_folder: Path, class_name: str, name: str) -> Path:
     Raises:
         ValueError: see `escape`.
     """
-    return modality_folder / escape(class_name) / f"{escape(name)}.h5"
+    return Path(part_file(str(modality_folder), class_name, name))
+
+
+def part_file(modality_folder: str, class_name: str, name: str) -> str:
+    """The same as text, for those who ask for a hundred thousand."""
+    return f"{modality_folder}/{escape(class_name)}/{escape(name)}.h5"
 
 
 def sum_of(stream: str) -> str:
@@ -83,47 +94,6 @@ def sum_of(stream: str) -> str:
 
 
 STREAMS = {"rgb": ("frames",), "flow": ("flow_x", "flow_y")}  # of JPEGs, by modality
-
-
-class _Stream:
-    """The JPEGs of one stream: in memory, or beyond 16 MB in an unnamed file of `folder`."""
-
-    def __init__(self, folder: Path) -> None:
-        self.offsets = [0]
-        self.sum = hashlib.sha256()
-        self._folder = folder
-        self._held: list[bytes] = []
-        self._spilled = 0
-        self._spool: Any = None
-
-    def append(self, image: bytes) -> None:
-        self._held.append(image)
-        self.sum.update(image)
-        self.offsets.append(self.offsets[-1] + len(image))
-        if self.offsets[-1] - self._spilled > _HELD_BYTES:
-            self._spill()
-
-    def write(self, frames: Any) -> None:
-        """All images back to back into a dataset of that length."""
-        if not self._spilled:
-            frames[:] = np.frombuffer(b"".join(self._held), np.uint8)
-            return
-        self._spill()
-        self._spool.seek(0)
-        for start in range(0, self.offsets[-1], _HELD_BYTES):
-            block = np.frombuffer(self._spool.read(_HELD_BYTES), np.uint8)
-            frames[start : start + len(block)] = block
-
-    def close(self) -> None:
-        if self._spool is not None:
-            self._spool.close()
-
-    def _spill(self) -> None:
-        if self._spool is None:
-            self._spool = TemporaryFile(dir=self._folder)  # noqa: SIM115
-        self._spool.write(b"".join(self._held))
-        self._held.clear()
-        self._spilled = self.offsets[-1]
 
 
 class PartWriter:
@@ -152,9 +122,7 @@ class PartWriter:
         self.storage = storage
         self.frames = 0
         self._attributes = dict(attributes)
-        self._streams = (
-            {name: _Stream(path.parent) for name in STREAMS[modality]} if storage == "jpeg" else {}
-        )
+        self._streams = {name: Spool(path.parent) for name in STREAMS[modality]} if storage == "jpeg" else {}
         self._pending: list[Bytes] = []
         self._sum = hashlib.sha256()  # of raw frames
         self._stack = ExitStack()
@@ -164,7 +132,7 @@ class PartWriter:
             self._temporary = stack.enter_context(atomic_path(self.path))
             for stream in self._streams.values():
                 stack.callback(stream.close)
-            file = h5py.File(self._temporary, "w", locking=False, userblock_size=_HEAD_BYTES)
+            file = h5py.File(self._temporary, "w", locking=False, userblock_size=_BLOCK_BYTES)
             self._file = stack.enter_context(file)
             self._stack = stack.pop_all()
         return self
@@ -201,7 +169,8 @@ class PartWriter:
             streams = {name: self._write_stream(name, stream) for name, stream in self._streams.items()}
             sums = {name: stream.sum for name, stream in self._streams.items()} or {"frames": self._sum}
             self._attributes |= {sum_of(name): found.hexdigest() for name, found in sums.items()}
-            self._file.attrs.update({**self._attributes, "frame_count": self.frames, "schema": SCHEMA})
+            self._attributes |= {"frame_count": self.frames, "schema": SCHEMA}
+            self._file.attrs.update(self._attributes)
             self._file.close()
             self._write_head(streams)
 
@@ -215,8 +184,11 @@ class PartWriter:
         }
         line = json.dumps(head).encode().ljust(_HEAD_BYTES - 1) + b"\n"
         assert len(line) == _HEAD_BYTES
+        about = json.dumps(self._attributes, ensure_ascii=False).encode()
+        if len(about) >= _BLOCK_BYTES - _HEAD_BYTES:
+            about = b""  # a very long name
         with open(self._temporary, "r+b") as file:
-            file.write(line)
+            file.write(line + about.ljust(_BLOCK_BYTES - _HEAD_BYTES - 1) + b"\n")
 
     def _check_space(self) -> None:
         free = os.statvfs(self.path.parent)
@@ -224,7 +196,7 @@ class PartWriter:
             # said here, before HDF5 is caught half-way
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self.path))
 
-    def _write_stream(self, name: str, stream: _Stream) -> list[int]:
+    def _write_stream(self, name: str, stream: Spool) -> list[int]:
         """Returns where images and offsets begin in the file, and the length of the images."""
         frames = self._file.create_dataset(name, (stream.offsets[-1],), np.uint8)
         stream.write(frames)
@@ -340,7 +312,7 @@ class OtherSchema(OSError):
     """A whole file that another version of gkd wrote."""
 
 
-def read_attributes(path: Path, schema: int = SCHEMA) -> dict[str, Any]:
+def read_attributes(path: str | Path, schema: int = SCHEMA) -> dict[str, Any]:
     """The attributes of a part, or of another file of the store and its schema.
 
     Raises:
@@ -361,6 +333,28 @@ def jpeg_bytes(path: Path) -> int:
     with open(path, "rb") as file:
         head = json.loads(file.read(_HEAD_BYTES))
     return sum(total for _, _, total in head["streams"].values())
+
+
+def read_about(path: str | Path) -> dict[str, Any]:
+    """The attributes of a part, from its second line where it has one; see `read_attributes`.
+
+    Raises:
+        OSError: there is none, or it is not a whole part of this schema.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        block = os.read(handle, _BLOCK_BYTES)
+        size = os.fstat(handle).st_size
+    finally:
+        os.close(handle)
+    try:
+        head = json.loads(block[:_HEAD_BYTES])
+        if head["gkd"] != SCHEMA or head["bytes"] != size:
+            raise ValueError("its length is wrong, or it is of another version")
+        second = block[_HEAD_BYTES:]
+        return dict(json.loads(second)) if second.startswith(b"{") else read_attributes(path)
+    except (ValueError, KeyError, TypeError) as error:
+        raise OSError(f"{path}: {error}") from None
 
 
 def plain_value(value: Any) -> Any:

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from gkdcli.data.jobs import Job
-from gkdcli.data.parts import part_path, read_attributes
+from gkdcli.data.parts import part_file, read_about
 from gkdcli.data.rejects import Reject, cell
-from gkdcli.data.sources import Listing
+from gkdcli.data.sources import Listing, Source
 from gkdcli.data.store import setting_differences
 from gkdcli.data.video import scaler
 from gkdcli.errors import GkdError
 from gkdcli.files import digest, stamp
 from gkdcli.settings import MODALITIES, DataSettings
+
+_THREADS = 16  # that wait for a file system on a network; on a local disk they neither help nor hurt
+_TOGETHER = 256  # videos looked at by a thread at a time
+_KEPT = ("frame_count", "fps", "width", "height", "source_digest", "source_fps", "source_frames", "codec")
 
 
 @dataclass
@@ -27,7 +34,16 @@ class Plan:
     skipped: int = 0
     rejected: dict[str, Reject] = field(default_factory=dict)
     unlisted: int = 0
-    attributes: dict[Path, dict[str, Any]] = field(default_factory=dict)  # of the parts that stay
+    attributes: dict[str, dict[str, Any]] = field(default_factory=dict)  # of the parts that stay, by path
+
+
+class _Seen(NamedTuple):
+    """What lies on the disk of one video, by modality."""
+
+    parts: Mapping[str, str]
+    stamps: Mapping[str, tuple[int, int]]
+    found: Mapping[str, dict[str, Any]]
+    bad: str = ""
 
 
 def plan_parts(
@@ -38,63 +54,109 @@ def plan_parts(
     known: Mapping[str, Reject],
     device: str = "cpu",
 ) -> Plan:
-    """What is to be done, judged by the sizes and times of files."""
+    """What is to be done, judged by the sizes and times of files.
+
+    Args:
+        listing: the videos.
+        store_folder: `stores/<dataset>`.
+        modalities: asked for.
+        data: how they are to be prepared.
+        known: rejects of earlier runs, by the `cell` of their path.
+        device: where flow is to be computed.
+
+    Raises:
+        GkdError: a part was written under other settings.
+    """
     plan = Plan()
-    listed: set[Path] = set()
+    listed: set[str] = set()
+    settings = {modality: data.stored(modality) for modality in modalities}
+    same = {modality: json.dumps(stored, sort_keys=True) for modality, stored in settings.items()}
     weights = digest(Path(data.flow_weights)) if "flow" in modalities and data.flow == "raft" else ""
-    for source in listing.sources:
+    for source, seen in zip(listing.sources, _look(listing.sources, store_folder, modalities), strict=True):
         path = str(source.path)
-        try:
-            parts = {
-                modality: part_path(store_folder / modality, source.class_name, source.name)
-                for modality in MODALITIES
-            }
-            stamps = {modality: stamp(source.file(modality)) for modality in modalities}
-        except ValueError as error:
-            plan.rejected[path] = Reject(str(error))
+        if seen.bad:
+            plan.rejected[path] = Reject(seen.bad)
             continue
-        except OSError as error:
-            plan.rejected[path] = Reject(f"cannot be read: {error.strerror}")
-            continue
-        listed.update(parts.values())
+        listed.update(seen.parts[modality] for modality in modalities)
         missing, digests = {}, {}
         for modality in modalities:
-            found = _attributes(parts[modality])
-            size, mtime_ns = stamps[modality]
+            part, found = seen.parts[modality], seen.found[modality]
+            size, mtime_ns = seen.stamps[modality]
             if found.get("source_size") == size:
-                check_settings(parts[modality], json.loads(found["settings"]), data.stored(modality))
-                _check_scaler(parts[modality], found["scaling"], scaler(data))
+                if found["settings"] != same[modality]:
+                    check_settings(Path(part), json.loads(found["settings"]), settings[modality])
+                _check_scaler(part, found["scaling"], scaler(data))
                 if modality == "flow" and weights:
-                    _check_weights(parts[modality], found["flow_parameters"], weights)
+                    _check_weights(part, found["flow_parameters"], weights)
                 if found["source_mtime_ns"] == mtime_ns:
-                    plan.attributes[parts[modality]] = found
+                    plan.attributes[part] = {key: found[key] for key in _KEPT if key in found}
                     continue
                 digests[modality] = found["source_digest"]
-            missing[modality] = parts[modality]
+            missing[modality] = Path(part)
         old = known.get(cell(path), Reject(""))
         if not missing:
             plan.skipped += 1
         elif old.size >= 0 and old == Reject.of(source.path, old.reason) and not digests:
             plan.rejected[path] = old
         else:
-            beside = next((part for modality, part in parts.items() if modality not in missing), None)
-            files = {source.file(modality): stamps[modality][0] for modality in missing}
+            beside = next(
+                (Path(part) for modality, part in seen.parts.items() if modality not in missing), None
+            )
+            files = {source.file(modality): seen.stamps[modality][0] for modality in missing}
             plan.jobs.append(Job(source, missing, data, sum(files.values()), digests, beside, device=device))
     for modality in modalities:
-        plan.unlisted += sum(part not in listed for part in (store_folder / modality).glob("*/*.h5"))
+        plan.unlisted += sum(part not in listed for part in _lying(store_folder / modality))
     return plan
 
 
-def _attributes(part: Path) -> dict[str, Any]:
+def _look(sources: Sequence[Source], store_folder: Path, modalities: Sequence[str]) -> list[_Seen]:
+    """In the order of the sources."""
+    folders = {modality: str(store_folder / modality) for modality in MODALITIES}
+    look = partial(_look_at, folders, modalities)
+    if len(sources) <= _TOGETHER:
+        return [look(source) for source in sources]
+    with ThreadPoolExecutor(_THREADS) as pool:
+        blocks = [sources[start : start + _TOGETHER] for start in range(0, len(sources), _TOGETHER)]
+        return [seen for block in pool.map(lambda block: [*map(look, block)], blocks) for seen in block]
+
+
+def _look_at(folders: Mapping[str, str], modalities: Sequence[str], source: Source) -> _Seen:
+    try:
+        parts = {
+            modality: part_file(folder, source.class_name, source.name)
+            for modality, folder in folders.items()
+        }
+        stamps = {modality: stamp(source.file(modality)) for modality in modalities}
+    except ValueError as error:
+        return _Seen({}, {}, {}, str(error))
+    except OSError as error:
+        return _Seen({}, {}, {}, f"cannot be read: {error.strerror}")
+    return _Seen(parts, stamps, {modality: _attributes(parts[modality]) for modality in modalities})
+
+
+def _attributes(part: str) -> dict[str, Any]:
     """Of a whole part; empty where there is none."""
     try:
-        return read_attributes(part) if part.exists() else {}
+        return read_about(part)
     except OSError:
-        return {}  # damaged after it was written: prepared anew
+        return {}  # absent, or damaged after it was written: prepared anew
+
+
+def _lying(folder: Path) -> list[str]:
+    """Paths of the parts of a modality, whether listed or not."""
+    found: list[str] = []
+    if folder.is_dir():
+        for inside in [entry.path for entry in os.scandir(folder) if entry.is_dir()]:
+            found += (entry.path for entry in os.scandir(inside) if entry.name.endswith(".h5"))
+    return found
 
 
 def check_settings(where: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
-    """One store, one way of sampling and scaling."""
+    """One store, one way of sampling and scaling.
+
+    Raises:
+        GkdError: the two differ.
+    """
     differing = setting_differences(old, new) if old else []
     if differing:
         raise GkdError(
@@ -104,17 +166,17 @@ def check_settings(where: Path, old: dict[str, Any], new: dict[str, Any]) -> Non
         )
 
 
-def _check_scaler(part: Path, old: str, new: str) -> None:
+def _check_scaler(part: str, old: str, new: str) -> None:
     """The same setting has meant other pixels before: those of swscale's bicubic filter."""
     if old not in ("not", new):
         raise GkdError(
             f"the store's frames were scaled otherwise: {old}, now {new}",
-            str(part),
+            part,
             "name another `dataset` in the preset (`--name` for a folder), or delete this store",
         )
 
 
-def _check_weights(where: Path, parameters: str, weights: str) -> None:
+def _check_weights(where: str, parameters: str, weights: str) -> None:
     """One store, one network."""
     if weights not in parameters and "weights_sha256" in parameters:
         raise GkdError(

@@ -10,9 +10,8 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import h5py
 
@@ -44,8 +43,7 @@ __all__ = [
 _OPEN_PARTS = 32
 
 
-@dataclass(frozen=True, slots=True)
-class VideoRow:
+class VideoRow(NamedTuple):
     """One video of a store; `fps` is that of the stored frames, `digest` the SHA-256 of the source file.
 
     An untrimmed video has label -1, and the folder of its subset in place of a class.
@@ -143,7 +141,7 @@ class Store:
                 segments[video].append(Segment(*cells))
             actions = [tuple(found) for found in segments]
             return cls(index, head, classes, videos, splits, actions, ground_truth)
-        except (OSError, RuntimeError, LookupError, ValueError, TypeError) as error:
+        except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError) as error:
             raise GkdError(
                 f"the index of the {modality} store is damaged",
                 f"{index}: {error}",
@@ -208,8 +206,9 @@ class Store:
 
 
 def _row(cells: tuple[Any, ...]) -> VideoRow:
-    text: list[Any] = [cell.decode() if isinstance(cell, bytes) else cell for cell in cells]
-    return VideoRow(unescape(text[0]), unescape(text[1]), *text[2:])
+    name, class_name, label, frames, fps, width, height, group, digest = cells
+    names = unescape(name.decode()), unescape(class_name.decode())
+    return VideoRow(*names, label, frames, fps, width, height, group.decode(), digest.decode())
 
 
 def _unfinished(index: Path, expected: int) -> GkdError:

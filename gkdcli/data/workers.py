@@ -7,6 +7,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,14 +19,21 @@ from gkdcli.errors import GkdError
 
 Job = TypeVar("Job")
 Outcome = TypeVar("Outcome")
-_READY = "ready"
+_READY, _BEAT = "ready", "beat"
+_BEAT_SEC = 0.1
 
 
 @dataclass(frozen=True)
 class Crashed:
-    """What a job comes to whose process died; `signal_number` is 0 where it was no signal."""
+    """What a job comes to whose process died.
+
+    Args:
+        signal_number: that ended it; 0 where it was no signal.
+        silent_sec: for so long it had not called `beat`, and so was killed by us; 0 otherwise.
+    """
 
     signal_number: int
+    silent_sec: float = 0.0
 
     @property
     def killed(self) -> bool:
@@ -47,10 +55,12 @@ class Crew(Generic[Job, Outcome]):
     Args:
         function: a module-level function; what it raises is a mistake of ours.
         size: processes.
+        patience_sec: a process that works for so long without calling `beat` is killed; 0: never.
     """
 
-    def __init__(self, function: Callable[[Job], Outcome], size: int) -> None:
+    def __init__(self, function: Callable[[Job], Outcome], size: int, patience_sec: float = 0.0) -> None:
         self.size = size
+        self._patience_sec = patience_sec
         self._function = function
         self._context = multiprocessing.get_context("spawn")
         self._members: list[_Member[Job]] = []
@@ -86,7 +96,7 @@ class Crew(Generic[Job, Outcome]):
             if len(self._members) >= self.size:
                 return False
             member = self._start()
-        member.job = job
+        member.job, member.silent_sec = job, 0.0
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # died: `collect` finds out
             member.connection.send(job)
         return True
@@ -99,20 +109,35 @@ class Crew(Generic[Job, Outcome]):
             RuntimeError: `function` raised.
         """
         finished: list[tuple[Job, Outcome | Crashed]] = []
-        for connection in wait([member.connection for member in self._members], timeout_sec):
+        before = time.monotonic()
+        heard = wait([member.connection for member in self._members], timeout_sec)
+        # a wait that took longer than it should have was one of a sleeping machine, or after Ctrl-Z
+        waited = min(time.monotonic() - before, timeout_sec)
+        for connection in heard:
             member = next(member for member in self._members if member.connection is connection)
             try:
                 message = member.connection.recv()
             except (EOFError, ConnectionResetError):
                 finished += self._bury(member)
                 continue
-            if message == _READY:
+            member.silent_sec = 0.0
+            if message in (_READY, _BEAT):
                 member.ready = True
             elif isinstance(message, _Raised):
                 raise RuntimeError(f"a worker process failed on {member.job}:\n{message.trace}")
             elif member.job is not None:
                 finished.append((member.job, message))
                 member.job = None
+        return finished + self._dismiss([one for one in self._members if one.connection not in heard], waited)
+
+    def _dismiss(self, silent: list[_Member[Job]], waited_sec: float) -> list[tuple[Job, Crashed]]:
+        """Kills those of the silent whose time is up."""
+        finished: list[tuple[Job, Crashed]] = []
+        for member in silent:
+            member.silent_sec += waited_sec if member.ready else 0.0
+            if member.job is not None and 0 < self._patience_sec <= member.silent_sec:
+                member.process.kill()
+                finished += [(job, Crashed(0, member.silent_sec)) for job, _ in self._bury(member)]
         return finished
 
     def _start(self) -> _Member[Job]:
@@ -144,6 +169,7 @@ class _Member(Generic[Job]):
     connection: Connection
     job: Job | None = None
     ready: bool = False
+    silent_sec: float = 0.0  # while we listened
 
 
 def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
@@ -151,6 +177,7 @@ def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    _pulse.connection = connection
     try:
         connection.send(_READY)
         while True:
@@ -162,6 +189,24 @@ def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
             connection.send(message)
     except (EOFError, BrokenPipeError, ConnectionResetError):
         return
+
+
+class _Pulse:
+    """Of this process, if it is a member of a crew."""
+
+    connection: Connection | None = None
+    last = 0.0
+
+
+_pulse = _Pulse()
+
+
+def beat() -> None:
+    """A job calls this whenever it got on, see `Crew.patience_sec`; cheap, and nothing outside of a crew."""
+    now = time.monotonic()
+    if _pulse.connection is not None and now - _pulse.last >= _BEAT_SEC:
+        _pulse.last = now
+        _pulse.connection.send(_BEAT)
 
 
 def _die_with_parent() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import pickle
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 
 from gkdcli.data import parts
 from gkdcli.data.annotations import Listing, Source, Subset
-from gkdcli.data.parts import PartWriter, escape, part_path, read_attributes, unescape
+from gkdcli.data.parts import PartWriter, escape, part_path, read_about, read_attributes, unescape
 from gkdcli.data.store import Store, build_index, mark_unfinished, written_settings
 from gkdcli.errors import GkdError
 
@@ -301,3 +302,89 @@ def test_a_part_of_another_schema_is_not_taken_for_ours(tmp_path: Path) -> None:
         file.attrs["schema"] = 99
     with pytest.raises(OSError, match="schema 99"):
         read_attributes(tmp_path / "x.h5")
+
+
+KEYS = {
+    "source": 'a "quoted" 日本.mp4',
+    "source_mtime_ns": 1_700_000_000_123_456_789,
+    "fps": 29.97002997002997,
+    "settings": '{"fps": 0.1}',
+}
+
+
+def _part_about(path: Path, attributes: dict[str, Any]) -> Path:
+    with PartWriter(path, "jpeg", {"source_digest": "d", **attributes}) as part:
+        part.append(b"one")
+    return path
+
+
+def test_the_second_line_of_a_part_says_what_its_attributes_say(tmp_path: Path) -> None:
+    part = _part_about(tmp_path / "x.h5", KEYS)
+    found = read_about(part)
+    assert found == read_attributes(part)
+    assert {key: type(value) for key, value in found.items()} == {
+        key: type(value) for key, value in read_attributes(part).items()
+    }
+    assert found["frame_count"] == 1
+
+
+def test_parts_without_a_second_line_are_read_through_hdf5(tmp_path: Path) -> None:
+    """Those of long names, and of older stores, whose HDF5 file begins where the second line is now."""
+    part = _part_about(tmp_path / "x.h5", KEYS | {"source": "é" * 1000})
+    assert read_about(part) == read_attributes(part)
+    old = tmp_path / "old.h5"
+    with h5py.File(old, "w", userblock_size=512) as file:
+        file.attrs.update(KEYS, schema=1)
+    head = json.dumps({"gkd": 1, "bytes": old.stat().st_size}).encode().ljust(512)
+    with open(old, "r+b") as raw:
+        raw.write(head)
+    assert read_about(old) == KEYS | {"schema": 1}
+
+
+@pytest.mark.parametrize("damage", ["cut", "longer", "other schema", "second line", "no line", "empty"])
+def test_a_part_that_is_not_whole_says_nothing(tmp_path: Path, damage: str) -> None:
+    part = _part_about(tmp_path / "x.h5", KEYS)
+    content = part.read_bytes()
+    match damage:
+        case "cut":
+            content = content[:-1]
+        case "longer":
+            content += b"x"
+        case "other schema":
+            content = content.replace(b'"gkd": 1', b'"gkd": 9')
+        case "second line":
+            content = content.replace(b'"settings": ', b'"settings"? ')
+        case "no line":
+            content = bytes(512) + content[512:]
+        case "empty":
+            content = b""
+    part.write_bytes(content)
+    with pytest.raises(OSError, match=r"x\.h5"):
+        read_about(part)
+
+
+def test_the_fingerprint_is_what_existing_runs_have_written_down(tmp_path: Path) -> None:
+    """A run refuses a store of another fingerprint, so that it must not change with how it is computed."""
+    known = "f1668482128693262355a48063e63a411ebd7975827512542e60c684dd98afea"
+    assert _build(tmp_path / "mine").fingerprint == known
+
+
+def test_links_of_the_index_are_those_of_h5py(tmp_path: Path) -> None:
+    """Other tools follow them: names in UTF-8, relative to the index."""
+    index = _build(tmp_path / "mine").path
+    with h5py.File(tmp_path / "plain.h5", "w") as file:
+        for class_name, name in NAMES:
+            target = f"rgb/{escape(class_name)}/{escape(name)}.h5"
+            file[f"/videos/{escape(class_name)}/{escape(name)}"] = h5py.ExternalLink(target, "/")
+    assert _links(index) == _links(tmp_path / "plain.h5")
+
+
+def _links(index: Path) -> dict[str, tuple[Any, ...]]:
+    found = {}
+    with h5py.File(index) as file:
+        for class_name, members in file["videos"].items():
+            for name in members:
+                link, low = members.get(name, getlink=True), members.id.links
+                encoded = low.get_info(name.encode()).cset
+                found[f"{class_name}/{name}"] = (link.filename, link.path, encoded)
+    return found

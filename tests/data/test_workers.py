@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from gkdcli.data.workers import Crashed, Crew
+from gkdcli.data.workers import Crashed, Crew, beat
 
 
 def act(job: str) -> str:
@@ -26,6 +26,10 @@ def act(job: str) -> str:
             raise KeyError("ours")
         case ["sleep"]:
             time.sleep(60)
+        case ["slow"]:
+            for _ in range(30):
+                time.sleep(0.1)
+                beat()
     return f"{job} done"
 
 
@@ -73,6 +77,15 @@ def test_workers_ignore_the_signals_that_stop_their_parent() -> None:
             os.kill(child.pid or 0, number)
         assert _run(crew, ["b"]) == {"b": "b done"}
         assert child.is_alive()
+
+
+def test_a_job_that_stands_still_is_ended_and_one_that_is_only_slow_is_not() -> None:
+    with Crew(act, 2, patience_sec=1.5) as crew:
+        results = _run(crew, ["sleep", "slow", "a"])
+    assert {job: results[job] for job in ("slow", "a")} == {"slow": "slow done", "a": "a done"}
+    hung = results["sleep"]
+    assert isinstance(hung, Crashed)
+    assert (hung.silent_sec >= 1.5, hung.killed) == (True, False)
 
 
 def test_workers_die_with_a_parent_that_is_killed(tmp_path: Path) -> None:
