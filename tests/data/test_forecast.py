@@ -36,6 +36,15 @@ def temporary(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return folder
 
 
+@pytest.fixture(autouse=True)
+def _patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However busy the machine is, samples are of the same size: no more than the sixteen that are needed."""
+    for name in ("_OPENING_SEC", "_MEASURING_SEC", "_LATEST_SEC"):
+        monkeypatch.setattr(module, name, 500.0)
+    monkeypatch.setattr(module, "_SHARE", 0.0)
+    monkeypatch.setattr(module, "_CUT", Cut(300, 500.0))
+
+
 @pytest.fixture(scope="module")
 def videos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Clips of 6 to 60 frames, plain and noisy ones, in two sizes and two codecs."""
@@ -59,10 +68,8 @@ def _tree(folder: Path) -> dict[str, int]:
 
 
 def test_disk_and_frames_are_foretold_from_less_than_half_of_the_videos(
-    videos: Path, tmp_path: Path, temporary: Path, monkeypatch: pytest.MonkeyPatch
+    videos: Path, tmp_path: Path, temporary: Path
 ) -> None:
-    monkeypatch.setattr(module, "_SHARE", 0.0)  # no more than the sixteen that are needed
-    monkeypatch.setattr(module, "_CUT", Cut(300, 60.0))
     before, listing = _tree(videos), scan_folder(videos, 0.2)
     told = _told(videos, tmp_path / "mine", ("rgb", "flow"))
     assert not any(temporary.iterdir()), "the parts that were made for this are gone"
