@@ -156,12 +156,12 @@ def test_gradients_are_those_of_the_function():
 
 
 def test_it_learns_a_map():
-    """The map of one channel rises where another's feature does: what no constant and no gain could say."""
+    """Channels that rise where a few others do, at each step: what neither constants nor gains could say."""
     module, draw = lite(16), torch.Generator().manual_seed(1)
     optimizer = torch.optim.Adam(module.parameters(), 1e-2)
     for _ in range(200):
         feature = torch.rand(16, 16, 4, 2, 2, generator=draw)
-        wanted = 0.2 + 0.6 * feature.mean((3, 4)).roll(5, dims=1)
+        wanted = feature[:, :3].mean((3, 4)).repeat(1, 6, 1)[:, :16]
         loss = F.mse_loss(module(feature), wanted)
         optimizer.zero_grad()
         loss.backward()
