@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from gkdcli.models.layers import LAYOUT, collapse, groups, scaled
 
 AttentionKind = Literal["official", "lite"]
+STEEPNESS = 8.0  # of the lite map's sigmoid
 
 
 def build_attention(kind: AttentionKind, tap_shape: tuple[int, int, int, int], width: float) -> nn.Module:
@@ -100,10 +101,12 @@ class LiteAttention(nn.Module):
 
     Mean and maximum over the picture; a 1x1 convolution to C / 8 channels, group norm, ReLU. To that is added
     what the neighbouring steps say (a depthwise convolution over time) and what the whole clip does (a 1x1
-    convolution of the mean over time); group norm, ReLU; a 1x1 convolution back to C channels; sigmoid.
+    convolution of the mean over time); group norm, ReLU; a linear layer back to C channels; sigmoid.
 
     The norms take all channels and steps of a clip together: groups of a few channels would be nothing but
-    signs where a clip has one or two steps. As initialised, the map lies around 1/2.
+    signs where a clip has one or two steps. As initialised, the map lies around 1/2. Only near 0 and 1 does it
+    say much through the CVAE's noise; so the last layer's output is multiplied, its weights start as much
+    smaller, and the map moves as fast as the official one, whose last layer has STEEPNESS times the inputs.
 
     Args:
         channels: C of the tap.
@@ -117,14 +120,18 @@ class LiteAttention(nn.Module):
         self.nearby = nn.Conv1d(hidden, hidden, 3, padding=1, groups=hidden)
         self.overall = nn.Conv1d(hidden, hidden, 1)
         self.mixed_norm = nn.GroupNorm(1, hidden)
-        self.widen = nn.Conv1d(hidden, channels, 1)
+        self.widen = nn.Linear(hidden, channels)  # linear: the stated initialisation leaves it as it is here
+        with torch.no_grad():
+            self.widen.weight /= STEEPNESS
+            self.widen.bias.zero_()
 
     def forward(self, feature: Tensor) -> Tensor:
         """(B, C, T', H, W) -> (B, C, T')."""
         x = torch.cat([feature.mean((3, 4)), feature.amax((3, 4))], dim=1)  # (B, 2 C, T')
         x = F.relu(self.narrow_norm(self.narrow(x)))  # (B, hidden, T')
         x = x + self.nearby(x) + self.overall(x.mean(2, keepdim=True))
-        return torch.sigmoid(self.widen(F.relu(self.mixed_norm(x))))
+        x = F.relu(self.mixed_norm(x)).transpose(1, 2)
+        return torch.sigmoid(STEEPNESS * self.widen(x)).transpose(1, 2)
 
 
 def attend(feature: Tensor, attention: Tensor, over: Literal["sample", "batch"]) -> Tensor:
