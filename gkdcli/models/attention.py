@@ -104,9 +104,9 @@ class LiteAttention(nn.Module):
     convolution of the mean over time); group norm, ReLU; a linear layer back to C channels; sigmoid.
 
     The norms take all channels and steps of a clip together: groups of a few channels would be nothing but
-    signs where a clip has one or two steps. As initialised, the map lies around 1/2. Only near 0 and 1 does it
-    say much through the CVAE's noise; so the last layer's output is multiplied, its weights start as much
-    smaller, and the map moves as fast as the official one, whose last layer has STEEPNESS times the inputs.
+    signs where a clip has one or two steps. As initialised, the map lies around 1/2. Only near 0 and 1 does
+    it say much through the CVAE's noise: so the last layer's output is multiplied, its first weights being
+    as much smaller. Then the map moves as fast as the official one, whose last layer has as many more inputs.
 
     Args:
         channels: C of the tap.
