@@ -25,7 +25,7 @@ def describe(run: Run, network: Network) -> dict[str, Any]:
         "gkd": version(),
         "backbone": kind,
         "width": page.model.width,
-        "attention": bool(network.attention),
+        "attention": page.model.attention if network.attention else None,
         "modality": record["modality"],
         "dataset": record["dataset"],
         "split": record["split"],
@@ -46,7 +46,7 @@ def describe(run: Run, network: Network) -> dict[str, Any]:
             "layout": f"batch, channel ({_CHANNELS[record['modality']]}), time, height, width",
         },
         "outputs": _outputs(page, len(record["classes"]), record["recipe"]),
-        "of": "attended feature" if network.attention and network.scores_attended else "plain feature",
+        "of": _ATTENDED if network.attention and network.scores_attended else "plain feature",
         "preprocessing": {
             "steps": _steps(page, record["modality"]),
             **_windows(page),
@@ -59,6 +59,7 @@ def describe(run: Run, network: Network) -> dict[str, Any]:
     }
 
 
+_ATTENDED = "attended feature"
 _SCORES = {"recognition": ("top1", "top5"), "detection": ("average_map", "average_map_official")}
 
 
@@ -189,6 +190,7 @@ def readable(card: dict[str, Any]) -> str:
     told = told or "not evaluated yet"
     origin = f", distilled from run {card['distilled_from']}" if card["distilled_from"] else ""
     made = "Imported" if card["imported"] else "Trained"
+    of = card["of"] + (f" ({card['attention']} attention)" if card["of"] == _ATTENDED else "")
     before, shape = card["preprocessing"], card["input"]["shape"]
     lines = [
         f"# {card['backbone']} for {card['dataset']} ({card['modality']})",
@@ -206,7 +208,7 @@ def readable(card: dict[str, Any]) -> str:
         "",
         "## Output",
         "",
-        f"Of the {card['of']}:",
+        f"Of the {of}:",
         "",
         *(
             f"- `{one['name']}`, {' x '.join(map(str, one['shape']))}: {one['meaning']}"

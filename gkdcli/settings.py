@@ -158,6 +158,11 @@ class ModelSettings(_Section):
 
     teacher: Backbone = _setting("i3d", "backbone of the teacher")
     student: Backbone = _setting("top-i3d", "backbone of the student")
+    attention: Literal["official", "lite"] = _setting(
+        "official",
+        "of the network in training, a teacher keeps its run's: the published one, or a light one that is not"
+        " bound to the clip",
+    )
     width: float = _setting(
         1.0,
         "multiplies every channel count, for small machines; of r3d_18, mc3_18, r2plus1d_18 and s3d the tap's"

@@ -395,6 +395,7 @@ ROWS = [
     detecting_row("clips.stride", "30", plan_of("pretrain-attention", "training_clips")),
     Row("model.teacher", "i2d", plan_of("pretrain-attention", "parameters")),
     Row("model.student", "i2d", plan_of("distill", "parameters")),
+    Row("model.attention", "lite", plan_of("distill", "parameters")),
     Row("model.width", "0.125", plan_of("pretrain-attention", "parameters")),
     Row("model.dropout", "0", weights, ("model.dropout=0.5",)),
     Row("model.bn_momentum", "0.5", weights),

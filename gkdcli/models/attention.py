@@ -2,17 +2,35 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkdcli.models.layers import LAYOUT, collapse, groups
+from gkdcli.models.layers import LAYOUT, collapse, groups, scaled
+
+AttentionKind = Literal["official", "lite"]
+STEEPNESS = 8.0  # of the lite map's sigmoid
+
+
+def build_attention(kind: AttentionKind, tap_shape: tuple[int, int, int, int], width: float) -> nn.Module:
+    """The attention of a tap of shape (C, T', H, W); `width` scales what lies within the official one."""
+    return LiteAttention(tap_shape[0]) if kind == "lite" else Attention(tap_shape, scaled(512, width))
+
+
+def attention_kind(names: Iterable[str]) -> AttentionKind | None:
+    """Whose tensors these are (`attention.Mixed_5c.squeeze.weight`); None where none is of an attention."""
+    parts = {name.split(".")[2] for name in names if re.match(r"attention\.\w+\.\w", name)}
+    if not parts:
+        return None
+    return "lite" if parts <= {name for name, _ in LiteAttention(8).named_children()} else "official"
 
 
 class Attention(nn.Module):
-    """Maps a tap's feature to a map in (0, 1) per channel and time step.
+    """The official one: maps a tap's feature to a map in (0, 1) per channel and time step.
 
     As published: convolution over the whole picture to (B, hidden, T'), group norm, ReLU; time stretched to
     length C (nearest); convolution 3 over time to C channels, group norm, ReLU; a linear layer on the time
@@ -76,6 +94,44 @@ def _distinct_columns(length: int, stretched: int) -> tuple[Tensor, Tensor]:
     padded = F.pad(source, (1, 1), value=length)
     windows, column = torch.unique(padded.unfold(0, 3, 1), dim=0, return_inverse=True)
     return windows, F.one_hot(column, len(windows)).float()
+
+
+class LiteAttention(nn.Module):
+    """A light one for clips of any length and crop: maps a tap's feature to a map in (0, 1) likewise.
+
+    Mean and maximum over the picture; a 1x1 convolution to C / 8 channels, group norm, ReLU. To that is added
+    what the neighbouring steps say (a depthwise convolution over time) and what the whole clip does (a 1x1
+    convolution of the mean over time); group norm, ReLU; a linear layer back to C channels; sigmoid.
+
+    The norms take all channels and steps of a clip together: groups of a few channels would be nothing but
+    signs where a clip has one or two steps. As initialised, the map lies around 1/2. Only near 0 and 1 does
+    it say much through the CVAE's noise: so the last layer's output is multiplied, its first weights being
+    as much smaller. Then the map moves as fast as the official one, whose last layer has as many more inputs.
+
+    Args:
+        channels: C of the tap.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        hidden = max(channels // 8, 8)
+        self.narrow = nn.Conv1d(2 * channels, hidden, 1)
+        self.narrow_norm = nn.GroupNorm(1, hidden)
+        self.nearby = nn.Conv1d(hidden, hidden, 3, padding=1, groups=hidden)
+        self.overall = nn.Conv1d(hidden, hidden, 1)
+        self.mixed_norm = nn.GroupNorm(1, hidden)
+        self.widen = nn.Linear(hidden, channels)  # linear: the stated initialisation leaves it as it is here
+        with torch.no_grad():
+            self.widen.weight /= STEEPNESS
+            self.widen.bias.zero_()
+
+    def forward(self, feature: Tensor) -> Tensor:
+        """(B, C, T', H, W) -> (B, C, T')."""
+        x = torch.cat([feature.mean((3, 4)), feature.amax((3, 4))], dim=1)  # (B, 2 C, T')
+        x = F.relu(self.narrow_norm(self.narrow(x)))  # (B, hidden, T')
+        x = x + self.nearby(x) + self.overall(x.mean(2, keepdim=True))
+        x = F.relu(self.mixed_norm(x)).transpose(1, 2)
+        return torch.sigmoid(STEEPNESS * self.widen(x)).transpose(1, 2)
 
 
 def attend(feature: Tensor, attention: Tensor, over: Literal["sample", "batch"]) -> Tensor:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from gkdcli.models.attention import attend
+from gkdcli.models.attention import AttentionKind, attend
 from gkdcli.models.boundary import boundary_max_pool, frame_segments, level_segments
 from gkdcli.models.layers import collapse, groups, same_padding, scaled
 from gkdcli.models.network import Network
@@ -93,7 +93,7 @@ class Detector(Network):
         crop: int,
         channels: int = 3,
         width: float = 1.0,
-        attention: bool = True,
+        attention: AttentionKind | None = "official",
         bn_momentum: float = 0.01,
         scores_attended: bool = True,
         channels_last: Literal["auto", "on", "off"] = "auto",

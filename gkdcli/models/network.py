@@ -7,10 +7,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from gkdcli.models.attention import Attention
+from gkdcli.models.attention import AttentionKind, build_attention
 from gkdcli.models.cvae import CVAE
 from gkdcli.models.i3d import I3D, layout_of, tap_shape
-from gkdcli.models.layers import scaled
 from gkdcli.models.video_backbones import TRUNKS, VideoBackbone
 
 # of the backbone's batch norms: all is trained; statistics stay; gains and biases stay too (METHOD.md 8 (7))
@@ -27,7 +26,7 @@ class Network(nn.Module):
         crop: side of the picture in pixels.
         channels: 3 for rgb, 2 for flow.
         width: multiplies every channel count; of torchvision's networks the tap's and the head's alone.
-        attention: False for the plain student.
+        attention: its kind; None for the plain student.
         bn_momentum: share of each batch in batch norm's running statistics.
         scores_attended: False where evaluation takes the plain feature although there is an attention.
         channels_last: whether the backbone's channels are innermost in memory; auto: where CPUs gain by it.
@@ -42,7 +41,7 @@ class Network(nn.Module):
         crop: int,
         channels: int,
         width: float,
-        attention: bool,
+        attention: AttentionKind | None,
         bn_momentum: float,
         scores_attended: bool,
         channels_last: Literal["auto", "on", "off"],
@@ -63,7 +62,7 @@ class Network(nn.Module):
         self.attention = nn.ModuleDict()
         if attention:
             self.attention.update(
-                {tap: Attention(shape, scaled(512, width)) for tap, shape in self.shapes.items()}
+                {tap: build_attention(attention, shape, width) for tap, shape in self.shapes.items()}
             )
 
     def features(self, clip: Tensor) -> dict[str, Tensor]:

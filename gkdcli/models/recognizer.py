@@ -7,7 +7,7 @@ from typing import Literal
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkdcli.models.attention import attend
+from gkdcli.models.attention import AttentionKind, attend
 from gkdcli.models.network import Network
 
 
@@ -22,7 +22,7 @@ class Recognizer(Network):
         channels: 3 for rgb, 2 for flow.
         width: multiplies every channel count; of torchvision's networks the tap's and the head's alone.
         dropout: probability before the classifier, for `dropout_shape`'s user; nothing is drawn here.
-        attention: False for the plain student.
+        attention: its kind; None for the plain student.
         bn_momentum: share of each batch in batch norm's running statistics.
         scores_attended: False where evaluation takes the plain feature although there is an attention
             (flow in recipe `official`, METHOD.md 6).
@@ -39,7 +39,7 @@ class Recognizer(Network):
         channels: int = 3,
         width: float = 1.0,
         dropout: float = 0.5,
-        attention: bool = True,
+        attention: AttentionKind | None = "official",
         bn_momentum: float = 0.01,
         scores_attended: bool = True,
         channels_last: Literal["auto", "on", "off"] = "auto",

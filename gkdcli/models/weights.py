@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from gkdcli.console import counted
 from gkdcli.errors import GkdError
 from gkdcli.files import atomic_path
+from gkdcli.models.attention import attention_kind
 
 # What `torch.load` raises for damaged or foreign files, by kind of damage.
 _UNREADABLE = (
@@ -243,6 +244,11 @@ def require_fit(result: Fit, where: str, whom: str = "network") -> None:
         first = f"{result.missing[0]} is not in the file"
     else:
         first = f"{result.unexpected[0]} is not in the model"
+    ours, theirs = attention_kind(result.missing), attention_kind(result.unexpected)
+    if ours and theirs and ours != theirs:
+        hint = (
+            f"these weights have the {theirs} attention, the network the {ours} one: model.attention decides"
+        )
     raise GkdError(
         f"these weights do not fit the {whom}: {noun}, {missing} missing, {unexpected} unexpected",
         f"{where}, {first}",

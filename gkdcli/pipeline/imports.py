@@ -16,6 +16,7 @@ from gkdcli.console import Console
 from gkdcli.data.store import Store
 from gkdcli.errors import GkdError, usage_error
 from gkdcli.files import atomic_folder, digest, locked, write_text
+from gkdcli.models.attention import attention_kind
 from gkdcli.models.cost import cost
 from gkdcli.models.foreign import Contents, Found, backbone_kind, first_kernel, kernel, open_weights
 from gkdcli.models.i3d import TAP_STRIDES
@@ -118,9 +119,10 @@ def _as_its_card_says(place: Place, file: Path) -> Place:
 
 
 def _plan_network(place: Place, contents: Contents, found: Found, model: str | None) -> Entry:
-    settings, file = place.settings, contents.path
     role = _role_by_kind(place, contents, found, model)
     _require_modality(place, contents, found)
+    place = replace(place, settings=_with_its_attention(place, contents, found))
+    settings, file = place.settings, contents.path
     names, classes = _classes(place, found)
     # our own plain student has no attention; a published or public file without one is a backbone
     plain = role == "student" and found.origin == "gkd" and not _holds(found, "attention.")
@@ -151,6 +153,7 @@ def _plan_network(place: Place, contents: Contents, found: Found, model: str | N
     record = _record(place, role, plain, names, classes, report, contents.generators is not None)
     path = place.entry(role)
     head = {"entry": str(path), "complete": True, "cvae": record["generators"]}
+    head["attention"] = None if plain else settings.model.attention
     counted = {"classes": classes, "parameters": record["parameters"], "gmac": record["gmac"]}
     return Entry(path, role, settings, record, tensors, head | counted | report)
 
@@ -209,6 +212,24 @@ def _role_by_kind(place: Place, contents: Contents, found: Found, model: str | N
         if model is None
         else "drop `--model`, or name another file",
     )
+
+
+def _with_its_attention(place: Place, contents: Contents, found: Found) -> Settings:
+    """The page with the kind of attention that the file has; published files have the official one.
+
+    Raises:
+        GkdError: another one was asked for by hand.
+    """
+    page, kind = place.settings, attention_kind(found.tensors)
+    if kind in (None, page.model.attention):
+        return page
+    if "model.attention" in place.explicit:
+        raise GkdError(
+            f"these weights have the {kind} attention, but model.attention is {page.model.attention}",
+            str(contents.path),
+            f"leave model.attention out, or `--set model.attention={kind}`",
+        )
+    return page.model_copy(update={"model": page.model.model_copy(update={"attention": kind})})
 
 
 def _role_of_generators(place: Place, contents: Contents, found: Found, model: str | None) -> Role:

@@ -175,7 +175,10 @@ def _find_teacher(
         )
     if found.is_of_other_store(store.fingerprint):
         console.warn("the store has changed since the teacher was trained on it", str(found.folder))
-    console.note(f"teacher: {found.folder}" + ("" if given else f" {chosen(found, '--teacher')}"))
+    ours, theirs = settings.model.attention, found.settings.model.attention
+    unlike = f"; its attention is {theirs}, the student's {ours}" if distilled and ours != theirs else ""
+    why = "" if given else f" {chosen(found, '--teacher')}"
+    console.note(f"teacher: {found.folder}{why}{unlike}")
     return found
 
 
@@ -255,6 +258,7 @@ def _plan(
         "schedule": settings.train.schedule,
         "init": settings.train.init,
         "teacher": str(teacher_run.folder) if teacher_run else None,
+        "attention": None if plain else settings.model.attention,
         "classes": classes,
         "training_videos": len(videos),
         "training_clips": len(dataset),

@@ -68,7 +68,7 @@ def build_network(
         crop=settings.clips.crop,
         channels=CHANNELS[modality],
         width=settings.model.width,
-        attention=attention,
+        attention=settings.model.attention if attention else None,
         bn_momentum=settings.model.bn_momentum,
         channels_last=settings.train.channels_last,
         recipe=settings.recipe,

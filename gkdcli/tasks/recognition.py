@@ -44,7 +44,7 @@ def build_network(
         width=settings.model.width,
         dropout=settings.model.dropout,
         bn_momentum=settings.model.bn_momentum,
-        attention=attention,
+        attention=settings.model.attention if attention else None,
         channels_last=settings.train.channels_last,
         scores_attended=not (modality == "flow" and settings.recipe == "official"),
     )

@@ -15,6 +15,7 @@ from gkdcli.console import counted
 from gkdcli.data.batches import Clips
 from gkdcli.data.store import Store
 from gkdcli.errors import GkdError, usage_error
+from gkdcli.models.attention import attention_kind
 from gkdcli.models.foreign import open_weights
 from gkdcli.models.network import Network, Norms, build_cvae
 from gkdcli.models.video_backbones import related
@@ -129,6 +130,7 @@ def start_student(student: Network, init: str, teacher: Network | None, root: Pa
         ours, theirs = student.backbone.kind, teacher.backbone.kind
         alike = related(ours, theirs)
         found, source = init_student(student, teacher, backbone=alike), "the teacher"
+        given = attention_kind(teacher.state_dict())
         if not alike:
             source += f"'s head (a {ours} has no use for a {theirs} backbone)"
     else:
@@ -138,10 +140,15 @@ def start_student(student: Network, init: str, teacher: Network | None, root: Pa
                 f"there is nothing to start from at `{init}`", "--init", "scratch, teacher, or a path"
             )
         weights = weights_at(path)
-        found, source = open_weights(weights).require_network().fit(student), str(weights)
+        network = open_weights(weights).require_network()
+        found, source = network.fit(student), str(weights)
+        given = attention_kind(network.tensors)
         _require_backbone(found, source)
     fresh = len(found.missing) + len(found.wrong_shape)
     rest = f", {fresh} left fresh: {_first_names(found)}" if fresh else ""
+    wanted = attention_kind(student.state_dict())
+    if wanted and given and wanted != given:
+        rest += f"; the {wanted} attention starts anew, theirs is {given}"
     return f"{counted(len(found.loaded), 'tensor')} from {source}{rest}"
 
 

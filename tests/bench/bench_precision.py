@@ -63,7 +63,7 @@ def measure(kind: str, given: argparse.Namespace) -> dict[str, dict[str, float]]
             continue
         torch.manual_seed(0)
         network = Recognizer(
-            kind, 101, length=length, crop=crop, width=given.width, attention=False, channels_last=layout
+            kind, 101, length=length, crop=crop, width=given.width, attention=None, channels_last=layout
         ).train()
         state = state or {key: value.clone() for key, value in network.state_dict().items()}
         network.load_state_dict(state)

@@ -22,7 +22,7 @@ class Tail(nn.Module):
         return self.backbone(clip)["Mixed_5c"]
 
 
-def recognizer(kind: str, attention: bool = True) -> Recognizer:
+def recognizer(kind: str, attention: str | None = "official") -> Recognizer:
     return Recognizer(kind, 101, length=64, crop=224, attention=attention)
 
 
@@ -44,11 +44,23 @@ def test_backbones_cost_what_was_counted(kind, clip, gmac, millions):
 def test_the_student_costs_two_fifths_of_its_teacher_and_the_head_holds_the_parameters():
     plain, teacher, student = (
         cost(lambda k=kind, a=attention: recognizer(k, a), (3, 64, 224, 224))
-        for kind, attention in (("i3d", False), ("i3d", True), ("top-i3d", True))
+        for kind, attention in (("i3d", None), ("i3d", "official"), ("top-i3d", "official"))
     )
     assert student.gmac / teacher.gmac == pytest.approx(0.41, abs=0.015)
     assert (teacher.parameters - plain.parameters) / 1e6 == pytest.approx(27.3, abs=0.1)
     assert student.parameters > 2.5 * plain.parameters
+
+
+def test_a_student_with_lite_attention_costs_what_the_plain_one_does_and_little_more():
+    plain, lite = (
+        cost(lambda k=kind: recognizer("top-i3d", k), (3, 64, 224, 224)) for kind in (None, "lite")
+    )
+    # per step: 2 x 1024 to 128 channels, three neighbours each, 128 to 1024; once the clip's 128 to 128
+    macs = 8 * (2 * 1024 * 128 + 3 * 128 + 128 * 1024) + 128 * 128
+    assert lite.gmac - plain.gmac == pytest.approx(macs / 1e9, rel=1e-3)
+    assert lite.gmac < 46
+    assert lite.parameters - plain.parameters == 411_904
+    assert lite.parameters < 12e6
 
 
 def test_counting_touches_no_random_numbers():

@@ -178,7 +178,7 @@ def test_evaluation_goes_by_the_attended_feature_unless_told_otherwise(features)
         plain = network(clips_of(2))
         assert all(torch.equal(*pair) for pair in zip(plain, network.head(features)[0], strict=True))
         assert not torch.equal(plain.conf, focused[0].conf)
-        without = build(attention=False)
+        without = build(attention=None)
         assert not without.attention
         without.load_state_dict({n: v for n, v in network.state_dict().items() if "attention" not in n})
         assert torch.equal(without(clips_of(2)).conf, plain.conf)

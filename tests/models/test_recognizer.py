@@ -10,7 +10,7 @@ from gkdcli.models.network import build_cvae
 from gkdcli.models.recognizer import Recognizer
 
 
-def network(kind: str = "top-i3d", attention: bool = True) -> Recognizer:
+def network(kind: str = "top-i3d", attention: str | None = "official") -> Recognizer:
     torch.manual_seed(0)
     model = Recognizer(kind, 5, length=32, crop=64, width=0.125, attention=attention).eval()
     model.train()(torch.randn(4, 3, 32, 64, 64))  # batch norm sees data, so that features depend on the clip
@@ -65,7 +65,7 @@ def test_forward_classifies_the_feature_attended_per_sample(model, clip):
 
 
 def test_without_attention_there_is_none(clip):
-    plain = network("i2d", attention=False)
+    plain = network("i2d", attention=None)
     assert not any(name.startswith("attention") for name in plain.state_dict())
     with torch.no_grad():
         features = plain.features(clip)

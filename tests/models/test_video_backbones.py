@@ -96,7 +96,7 @@ def test_batch_norm_has_the_pages_momentum_and_flow_a_stem_of_its_own(kind):
 
 
 def test_cost_is_that_of_torchvisions_trunk_and_our_head():
-    found = cost(lambda: recognizer("r3d_18", attention=False, crop=112, width=1.0), (3, 16, 112, 112))
+    found = cost(lambda: recognizer("r3d_18", attention=None, crop=112, width=1.0), (3, 16, 112, 112))
     # 33.4 million with 400 classes of 513 numbers each, 40.7 GMAC: torchvision's page
     head = 1024 * 512 + 2 * 1024 + 3 * 1025
     assert found.parameters == 33_371_472 - 400 * 513 + head

@@ -232,7 +232,7 @@ def test_a_deflated_student_equals_its_teacher_where_the_clip_stands_still():
 
 
 def test_kernels_longer_than_the_teachers_stay_fresh_and_are_listed():
-    teacher, student = recognizer("top-i3d", attention=False), recognizer("i3d")
+    teacher, student = recognizer("top-i3d", attention=None), recognizer("i3d")
     fresh = student.backbone.Conv3d_1a_7x7.conv3d.weight.clone()
     result = init_student(student, teacher)
     assert len(result.wrong_shape) == 10
