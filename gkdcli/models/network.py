@@ -83,6 +83,10 @@ class Network(nn.Module):
             module.requires_grad_(norms != "frozen")
         self.train(self.training)
 
+    def sync_norms(self) -> None:
+        """Has the backbone's batch norms go by the clips of all processes; weights keep their names."""
+        nn.SyncBatchNorm.convert_sync_batchnorm(self.backbone)  # type: ignore[no-untyped-call]
+
     def train(self, mode: bool = True) -> Network:
         """As PyTorch's, except that held batch norms stay in evaluation mode."""
         super().train(mode)

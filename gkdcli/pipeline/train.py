@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from gkdcli.console import Console
 from gkdcli.data.batches import Clips
@@ -30,12 +29,10 @@ from gkdcli.runs import (
     STAGE_FOLDER,
     Place,
     Run,
-    begun_run,
     create_run,
     newest_unfinished,
     open_run,
     relative_to_run,
-    require_processes,
     resumed_settings,
 )
 from gkdcli.settings import CHANNELS, Settings
@@ -52,7 +49,7 @@ from gkdcli.tasks.trained import (
     weights_at,
 )
 from gkdcli.training.forward import Forward
-from gkdcli.training.processes import Group
+from gkdcli.training.processes import Group, begun_run, require_processes
 from gkdcli.training.schedule import schedule_of
 from gkdcli.training.steps import Networks
 from gkdcli.training.trainer import Job, Trainer
@@ -118,7 +115,7 @@ def train(
             fetch(url, first_weights, console)
     networks, began = _build_networks(place, stage, store, teacher_run, first_weights)
     if settings.train.sync_batch_norm:
-        nn.SyncBatchNorm.convert_sync_batchnorm(networks.student.backbone)
+        networks.student.sync_norms()
     networks.student.hold_norms(norms_of(settings, run.record["began"] if run else began))
     networks.forward = _forward(settings, device)
     resumed = run is not None

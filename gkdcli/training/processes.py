@@ -13,6 +13,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -22,14 +23,17 @@ from lightning_fabric import Fabric
 from lightning_fabric.plugins.environments import LightningEnvironment
 from lightning_fabric.strategies import DDPStrategy
 from torch import Tensor, nn
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
 
 from gkdcli import launch as launching
-from gkdcli.errors import ExitCode, GkdError
+from gkdcli.errors import ExitCode, GkdError, usage_error
 from gkdcli.launch import Launch
 from gkdcli.losses.segments import at_least_one
+from gkdcli.runs import Place, Run, all_runs
 
 T = TypeVar("T")
 LONGEST = timedelta(days=1)  # the first process validates, or writes to a slow disk, while the others wait
+ANSWER = 60.0  # s within which torchrun's store is to answer
 MEETING = 600.0  # s until all processes have imported what they need
 BUCKET = 25 * 2**20  # bytes of gradients that are sent at once
 
@@ -237,13 +241,12 @@ class Group:
         """
         if self.size == 1:
             return
-        chosen = [parameters[number] for number in needed]
-        for parameter in chosen:
+        gradients = []
+        for parameter in (parameters[number] for number in needed):
             if parameter.grad is None:
                 parameter.grad = torch.zeros_like(parameter)
-        self._in_buckets(
-            [parameter.grad for parameter in chosen if parameter.grad is not None], dist.all_reduce
-        )
+            gradients.append(parameter.grad)
+        self._in_buckets(gradients, dist.all_reduce)
 
     def spread(self, *modules: nn.Module | None) -> None:
         """Gives everyone the first process's weights and running statistics."""
@@ -259,9 +262,47 @@ class Group:
             flat = torch.cat([value.reshape(-1) for value in bucket])
             with self._together():
                 exchange(flat)
-            parts = flat.split([value.numel() for value in bucket])
-            for value, part in zip(bucket, parts, strict=True):
-                value.copy_(part.view(value.shape))
+            start = 0
+            for value in bucket:
+                value.copy_(flat[start : start + value.numel()].view(value.shape))
+                start += value.numel()
+
+
+def begun_run(place: Place, stage: str, launch: Launch, agents: Sequence[str]) -> Run | None:
+    """The run that a torchrun had begun which has now started its processes again; None if it had not yet.
+
+    Args:
+        place: where.
+        stage: `pretrain` or `distill`.
+        launch: of this process.
+        agents: see `launch.agent`, of all machines: another job may have had the same id.
+    """
+    for run in reversed(all_runs(place, stage) if launch.restarts else []):
+        made = run.record.get("launch", {})
+        if made.get("id") == launch.id and set(made["agents"]) & set(agents):
+            return run
+    return None
+
+
+def require_processes(run: Run, launch: Launch, command: str) -> None:
+    """A run goes on in as many processes as it began in: they divide its batches.
+
+    Args:
+        run: to be continued.
+        launch: of this process.
+        command: what continues it.
+
+    Raises:
+        GkdError: with both numbers (exit code 2).
+    """
+    before = run.record.get("processes", 1)
+    if before != launch.size:
+        typed = replace(launch, size=before, local_size=before).typed(command)
+        raise usage_error(
+            f"the number of processes has changed since this run began: {before} -> {launch.size}",
+            str(run.folder / "run.json"),
+            f"`{typed}`" + (", over as many machines as you like" if before > 1 else ""),
+        )
 
 
 class _Heard(GkdError):
@@ -276,7 +317,7 @@ def _agents_store(launch: Launch) -> Any:
     """
     host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     try:
-        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=60))
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=ANSWER))
     except (RuntimeError, ValueError) as error:
         raise GkdError(
             f"nobody answers at {host}:{port}, where torchrun should be",
@@ -284,7 +325,7 @@ def _agents_store(launch: Launch) -> Any:
             "`unset RANK WORLD_SIZE` where they are left over from another program;"
             " `torchrun --nproc-per-node N -m gkdcli ...` starts several processes",
         ) from None
-    return dist.PrefixStore(f"gkd/{launch.id}/{launch.restarts}/", store)
+    return PrefixStore(f"gkd/{launch.id}/{launch.restarts}/", store)
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

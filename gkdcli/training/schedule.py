@@ -97,7 +97,7 @@ class Schedule:
         return (batch + 1) % self.optim.accumulation == 0 or batch + 1 == self.batches
 
     def share(self, batch: int) -> float:
-        """The weight of this process's mean loss in the mean over the group: its part of the group's clips."""
+        """The weight of this process's mean loss in that of the group: its part of the group's clips."""
         first = batch - batch % self.optim.accumulation
         group = self._clips_before(first + self.optim.accumulation) - self._clips_before(first)
         return self.own(batch) / group
@@ -108,14 +108,13 @@ class Schedule:
 
     def own(self, batch: int) -> int:
         """How many clips of a batch are this process's."""
-        part = self._part(batch)
-        return part.stop - part.start
-
-    def _part(self, batch: int) -> slice:
-        """Which ones: an earlier process never has fewer than a later one."""
         each, more = divmod(self.size(batch), self.processes)
-        start = self.rank * each + min(self.rank, more)
-        return slice(start, start + each + (self.rank < more))
+        return each + (self.rank < more)  # an earlier process never has fewer than a later one
+
+    def _first(self, batch: int) -> int:
+        """Where they begin among the batch's clips."""
+        each, more = divmod(self.size(batch), self.processes)
+        return self.rank * each + min(self.rank, more)
 
     def _clips_before(self, batch: int) -> int:
         return min(min(batch, self.batches) * self.batch_size, self.clips)
@@ -143,5 +142,6 @@ class Schedule:
             order = training_order(self.clips, self.batch_size, self.seed, epoch, part)
             chosen = order[batch : self.batches][: last_step - step]
             for number, keys in enumerate(chosen, batch):
-                yield keys[self._part(number)] or keys[-1:]
+                first = self._first(number)
+                yield keys[first : first + self.own(number)] or keys[-1:]
             step += len(chosen)
