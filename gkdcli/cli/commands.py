@@ -12,7 +12,7 @@ import typer
 
 from gkdcli.cli import emit_json
 from gkdcli.cli.options import Shared
-from gkdcli.console import Console
+from gkdcli.console import Console, first_rank
 from gkdcli.errors import usage_error
 from gkdcli.launch import launched
 from gkdcli.resolve import preset_names
@@ -64,6 +64,8 @@ def finish(command: str, result: Result, as_json: bool, console: Console) -> Non
     """The result on stdout, and on stderr why it is not what was asked for, or what comes next."""
     from gkdcli.cli.render import render_result
 
+    if not first_rank():
+        raise typer.Exit(int(result.code))
     if as_json:
         emit_json(command, run=result.run, result=result.payload, error=result.error)
     else:

@@ -52,7 +52,7 @@ def trainer_of(folder: Path, name: str, group: Group, **options: Any) -> Trainer
     """In float64, where nothing but the order of additions is left; batch norm by its running statistics."""
     case = CASES[name]
     batch = case.batch // group.size
-    store = Store.open(folder / f"{case.task}.h5")
+    store = Store.open(Path(json.loads((folder / "stores.json").read_text())[case.task]))
     if case.task == "recognition":
         settings = jobs.page(
             train__schedule=case.schedule, optim__batch_size=batch, optim__accumulation=case.accumulation
@@ -134,7 +134,7 @@ def write(path: Path, document: object) -> None:
 
 def start(folder: Path) -> None:
     """Both processes, from start to end; as torchrun does it, this one keeps the store."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=120))
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=900))
     together = {
         "WORLD_SIZE": "2",
         "LOCAL_WORLD_SIZE": "2",
@@ -153,7 +153,7 @@ def start(folder: Path) -> None:
         for rank in map(str, RANKS)
     ]
     try:
-        told = [process.communicate(timeout=300)[1].decode() for process in both]
+        told = [process.communicate(timeout=900)[1].decode() for process in both]
     finally:
         for process in both:
             process.kill()

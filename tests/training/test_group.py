@@ -149,9 +149,8 @@ def folder(tiny_detection_store: Path, tmp_path_factory: pytest.TempPathFactory)
     """What two processes and one have made of the same runs."""
     found = tmp_path_factory.mktemp("pair")
     store = store_of(found / "drawn", 7)
-    (found / "recognition.h5").symlink_to(store.path)
-    stores = tiny_detection_store / "stores" / "demo-detection-tiny"
-    (found / "detection.h5").symlink_to(stores / "rgb.h5")
+    other = tiny_detection_store / "stores" / "demo-detection-tiny" / "rgb.h5"
+    pair.write(found / "stores.json", {"recognition": str(store.path), "detection": str(other)})
     pair.start(found)
     torch.set_default_dtype(torch.float64)
     try:
