@@ -69,10 +69,13 @@ def trainer_of(folder: Path, name: str, group: Group, **options: Any) -> Trainer
     run = group.share(lambda: create_run(Place(root, settings), "distill", {"classes": store.classes}))
     module = jobs if case.task == "recognition" else detection_jobs
     trainer: Trainer = module.trainer_of(root, store, settings, run, group=group, **options)
-    for network in (trainer.job.networks.student, trainer.job.networks.teacher):
-        seen = network.features
+    played = trainer.job.networks
+    for module in (played.generators, played.teacher_generators):
+        module.double()
+    for network in (played.student, played.teacher):
+        seen = network.double().features
         network.features = lambda clips, seen=seen: seen(clips.double())
-    trainer.job.networks.student.hold_norms("frozen")
+    played.student.hold_norms("frozen")
     return trainer
 
 

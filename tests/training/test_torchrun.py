@@ -1,4 +1,4 @@
-"""Training under torchrun, as users type it: a process killed, all started again; one told to stop, resumed."""
+"""Training under torchrun, as users type it: killed and started again, told to stop and resumed."""
 
 from __future__ import annotations
 
