@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from gkdcli.errors import GkdError
+from gkdcli.launch import launched
 
 
 class Ticker(Protocol):
@@ -60,9 +61,8 @@ class Console:
             self._line(message("warning", what, where, hint))
 
     def error(self, error: GkdError) -> None:
-        """The reason why the command ends."""
-        if first_rank():
-            self._line(message("error", error.what, error.where, error.hint))
+        """The reason why the command ends; of several processes the caller knows which one says it."""
+        self._line(message("error", error.what, error.where, error.hint))
 
     @contextmanager
     def progress(self, title: str, total: int) -> Iterator[Ticker]:
@@ -134,4 +134,4 @@ def counted(count: int, one: str, more: str = "") -> str:
 
 def first_rank() -> bool:
     """Whether this process speaks: in a multi-process run only rank 0 does."""
-    return os.environ.get("RANK", "0") == "0"
+    return launched().rank == 0

@@ -278,6 +278,10 @@ class TrainSettings(_Section):
     channels_last: Literal["auto", "on", "off"] = _setting(
         "auto", "backbones with channels innermost in memory; auto: below width 0.5, where CPUs gain by it"
     )
+    sync_batch_norm: bool = _setting(
+        False,
+        "several GPUs: batch norm goes by the clips of all processes; off: each process goes by its own",
+    )
     checkpoint_minutes: float = _setting(
         10.0, "a checkpoint is also written this often within an epoch", "minutes", gt=0.0
     )

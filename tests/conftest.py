@@ -42,7 +42,7 @@ class Outcome:
 def _plain_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
     """The caller's own settings and terminal have no part in a test."""
     for name in [*os.environ]:
-        if name.startswith("GKD_") or name in ("FORCE_COLOR", "NO_COLOR", "RANK"):
+        if name.startswith(("GKD_", "TORCHELASTIC_")) or name in ("FORCE_COLOR", "NO_COLOR", "RANK"):
             monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "dumb")

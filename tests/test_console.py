@@ -10,6 +10,7 @@ import pytest
 
 from gkdcli.console import Console, counted, message
 from gkdcli.errors import GkdError
+from gkdcli.launch import Launch
 
 
 def test_messages_have_one_line_each_for_what_where_and_hint() -> None:
@@ -44,12 +45,11 @@ def test_quiet_and_verbose(console: Console, shown: list[str], capsys: pytest.Ca
 
 
 def test_only_rank_0_speaks(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("gkdcli.console.launched", lambda: Launch(1, 2, 2))
     console = Console(verbose=True, progress_style="plain")
     console.note("x")
     console.detail("x")
     console.warn("x")
-    console.error(GkdError("x"))
     with console.progress("x", 1) as tick:
         tick(1)
     assert capsys.readouterr() == ("", "")

@@ -431,6 +431,7 @@ ROWS = [
     Row("train.precision", "bf16", where_it_runs, ("train.device=cpu",)),
     Row("train.compile", "true", compiled),
     Row("train.channels_last", "off", weights),
+    Row("train.sync_batch_norm", "true", where_it_runs, ("train.device=cpu",)),
     Row("train.checkpoint_minutes", "1e-9", checkpoints),
     Row("eval.batch_size", "5", batches_of_evaluation),
     Row("eval.fusion_weights", "[1, 0]", fused_scores),

@@ -30,7 +30,10 @@ def run(arguments: list[str]) -> int:
         if isinstance(error, int):
             return error
         from gkdcli.console import Console
+        from gkdcli.launch import speaks
 
+        if not speaks(error):
+            return int(error.code)
         Console().error(error)
         if "--json" in itertools.takewhile(lambda word: word != "--", arguments):
             emit_json(_named_command(arguments), error=error)
@@ -166,7 +169,7 @@ def emit_json(
     from gkdcli.result import jsonable
     from gkdcli.runs import version
 
-    if not first_rank():
+    if error is None and not first_rank():
         return
     document: dict[str, Any] = {
         "schema": 1,

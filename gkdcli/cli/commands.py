@@ -12,11 +12,12 @@ import typer
 
 from gkdcli.cli import emit_json
 from gkdcli.cli.options import Shared
-from gkdcli.console import Console
+from gkdcli.console import Console, first_rank
 from gkdcli.errors import usage_error
+from gkdcli.launch import launched
 from gkdcli.resolve import preset_names
 from gkdcli.result import Result
-from gkdcli.runs import version
+from gkdcli.runs import STAGE_FOLDER, version
 from gkdcli.settings import STAGES
 
 app = typer.Typer(
@@ -43,6 +44,12 @@ def execute(
     from gkdcli.cli.render import render_config
 
     command = STAGES[stage]
+    if stage not in STAGE_FOLDER and launched().size > 1:
+        raise usage_error(
+            f"`gkd {command}` runs in one process",
+            f"torchrun started {launched().size} of them",
+            f"`gkd {command} ...`, without torchrun; training alone is shared",
+        )
     asked = modalities or (shared.modality.value,)
     resolved = {modality: shared.resolve(preset, stage, flags, modality) for modality in asked}
     if shared.show_config:
@@ -57,6 +64,8 @@ def finish(command: str, result: Result, as_json: bool, console: Console) -> Non
     """The result on stdout, and on stderr why it is not what was asked for, or what comes next."""
     from gkdcli.cli.render import render_result
 
+    if not first_rank():
+        raise typer.Exit(int(result.code))
     if as_json:
         emit_json(command, run=result.run, result=result.payload, error=result.error)
     else:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Recipe = Literal["official", "corrected"]
+Divisors = Callable[[Tensor], Tensor]
 BACKGROUND_WEIGHT, ACTION_WEIGHT = 0.25, 0.75  # of the focal loss
 
 
@@ -83,7 +84,7 @@ def segment_losses(
     frames: int,
     refine_iou: float,
     recipe: Recipe,
-    divisors: Callable[[Tensor], Tensor] = at_least_one,
+    divisors: Divisors = at_least_one,
 ) -> SegmentLosses:
     """All losses of the head, foreground (METHOD.md 5).
 

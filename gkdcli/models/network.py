@@ -14,6 +14,7 @@ from gkdcli.models.video_backbones import TRUNKS, VideoBackbone
 
 # of the backbone's batch norms: all is trained; statistics stay; gains and biases stay too (METHOD.md 8 (7))
 Norms = Literal["trained", "held", "frozen"]
+BATCH_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)  # the second knows the clips of all processes
 
 
 class Network(nn.Module):
@@ -81,6 +82,10 @@ class Network(nn.Module):
             module.requires_grad_(norms != "frozen")
         self.train(self.training)
 
+    def sync_norms(self) -> None:
+        """Has the backbone's batch norms go by the clips of all processes; weights keep their names."""
+        nn.SyncBatchNorm.convert_sync_batchnorm(self.backbone)  # type: ignore[no-untyped-call]
+
     def train(self, mode: bool = True) -> Network:
         """As PyTorch's, except that held batch norms stay in evaluation mode."""
         super().train(mode)
@@ -89,8 +94,8 @@ class Network(nn.Module):
                 module.eval()
         return self
 
-    def _batch_norms(self) -> Iterator[nn.BatchNorm3d]:
-        return (module for module in self.backbone.modules() if isinstance(module, nn.BatchNorm3d))
+    def _batch_norms(self) -> Iterator[nn.BatchNorm3d | nn.SyncBatchNorm]:
+        return (module for module in self.backbone.modules() if isinstance(module, BATCH_NORMS))
 
 
 def build_cvae(network: Network) -> nn.ModuleDict:

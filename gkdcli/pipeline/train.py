@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning_fabric import Fabric
 
 from gkdcli.console import Console
 from gkdcli.data.batches import Clips
@@ -16,6 +16,7 @@ from gkdcli.data.clips import hold_out, require_channels
 from gkdcli.data.store import Store
 from gkdcli.errors import GkdError
 from gkdcli.files import free_bytes
+from gkdcli.launch import Launch, launched
 from gkdcli.models.cost import cost
 from gkdcli.models.kinetics import PUBLIC, start_backbone, told
 from gkdcli.models.layers import initialise
@@ -48,6 +49,7 @@ from gkdcli.tasks.trained import (
     weights_at,
 )
 from gkdcli.training.forward import Forward
+from gkdcli.training.processes import Group, begun_run, require_processes
 from gkdcli.training.schedule import schedule_of
 from gkdcli.training.steps import Networks
 from gkdcli.training.trainer import Job, Trainer
@@ -76,9 +78,13 @@ def train(
         dry_run: only plan.
         teacher: run folder of the teacher; default: the newest that fits.
     """
+    launch = launched()
+    group = Group() if dry_run else Group.join(launch)
+    command = launch.typed(place.command(STAGE_FOLDER[stage], "--resume"))
     store = open_store(place)
-    run = newest_unfinished(place, stage) if resume else None
+    run = newest_unfinished(place, stage) if resume else begun_run(place, stage, launch, group.agents)
     if run is not None:
+        require_processes(run, launch, place.command(STAGE_FOLDER[stage], "--resume"))
         place = replace(place, settings=resumed_settings(run, place))
         if run.is_of_other_store(store.fingerprint):
             raise GkdError("the store has changed since this run began", str(run.folder), "start a new run")
@@ -95,22 +101,29 @@ def train(
             f"data.holdout = {settings.data.holdout:g}, training videos {len(videos)}",
             "it takes five videos (or groups) of one class; untrimmed videos count together",
         )
-    teacher_run = _find_teacher(place, console, stage, store, teacher, dry_run)
+    device = _device(settings) if not dry_run else torch.device("cpu")
+    fabric = group.start(device)
+    with group.in_turn():  # it may import weights
+        teacher_run = _find_teacher(place, console, stage, store, teacher, dry_run)
     task = task_of(settings)
     dataset = task.training_set(store, videos, settings)
-    plan = _plan(place, stage, store, videos, held, dataset, max_steps, teacher_run)
+    plan = _plan(place, stage, store, videos, held, dataset, max_steps, teacher_run, launch)
     if dry_run:
         return Result(plan)
-    device = chosen_device(settings)
     if url and first_weights:
-        fetch(url, first_weights, console)
+        with group.in_turn():
+            fetch(url, first_weights, console)
     networks, began = _build_networks(place, stage, store, teacher_run, first_weights)
+    if settings.train.sync_batch_norm:
+        networks.student.sync_norms()
     networks.student.hold_norms(norms_of(settings, run.record["began"] if run else began))
     networks.forward = _forward(settings, device)
-    fabric = Fabric(accelerator=device.type, devices=1)
+    resumed = run is not None
     if run is None:
-        run = create_run(place, stage, _record(place, store, held, teacher_run, began, plan))
-        console.note(f"run {run.folder}: {began}, {plan['steps']} steps on {device.type}")
+        record = _record(place, store, held, teacher_run, began, plan)
+        run = group.share(partial(create_run, place, stage, record))
+        together = f", {launch.size} processes" if launch.size > 1 else ""
+        console.note(f"run {run.folder}: {began}, {plan['steps']} steps on {device.type}{together}")
         if stage == "pretrain" and settings.recipe == "official" and began == "from scratch":
             file = PUBLIC.get(settings.model.teacher, f"{place.modality}_imagenet.pt")
             console.warn(
@@ -128,17 +141,23 @@ def train(
         validate=partial(score, held) if held else None,
         # in minute zero: store, decoder, network and scorer fit together
         warm_up=partial(score, held or videos, limit=2 * settings.eval.batch_size),
-        resume_command=place.command(STAGE_FOLDER[stage], "--resume"),
+        resume_command=command,
     )
-    with run.lock():
-        trainer = Trainer(job, run, console, fabric)
-        if resume:
+    group.resume = f"`{command}` continues from the last checkpoint"
+    with run.lock() if group.first else contextlib.nullcontext():
+        trainer = Trainer(job, run, console, fabric, group)
+        if resumed:
             trainer.restore()
             console.note(f"continuing {run.folder} at epoch {trainer.epoch}, step {trainer.position.step}")
-        run.update(state="running")
+        if group.first:
+            torchrun = {"launch": {"id": launch.id, "agents": group.agents}} if launch.id else {}
+            run.update(state="running", processes=launch.size, **torchrun)
         trainer.fit(max_steps)
+        group.leave()
+        if not group.first:
+            return Result({})
         draw_curves(run.metrics, run.folder / "curves.png")
-    return _trained(place, stage, run)
+    return _trained(place, stage, run, command)
 
 
 def _find_teacher(
@@ -211,6 +230,22 @@ def _build_networks(
     return Networks(student, generators, teacher, theirs), began
 
 
+def _device(settings: Settings) -> torch.device:
+    """Where to train.
+
+    Raises:
+        GkdError: there is no such device, or `train.sync_batch_norm` without GPUs.
+    """
+    device = chosen_device(settings)
+    if settings.train.sync_batch_norm and device.type == "cpu":
+        raise GkdError(
+            "PyTorch's synchronised batch norm runs on GPUs only",
+            "train.sync_batch_norm = true",
+            "`--set train.sync_batch_norm=false`: each process normalises by its own clips",
+        )
+    return device
+
+
 def _forward(settings: Settings, device: torch.device) -> Forward:
     """How networks are run.
 
@@ -237,6 +272,7 @@ def _plan(
     dataset: Clips,
     max_steps: int | None,
     teacher_run: Run | None,
+    launch: Launch,
 ) -> dict[str, Any]:
     """What would be done; networks are counted on the meta device, without memory."""
     settings, classes = place.settings, len(store.classes)
@@ -248,7 +284,14 @@ def _plan(
     with torch.device("meta"):
         generators = 0 if plain else sum(part.numel() for part in build_cvae(build()).parameters())
     moments = 1 if settings.optim.algorithm == "sgd" else 2
-    order = schedule_of(settings, len(dataset), generators=not plain)
+    order = schedule_of(settings, len(dataset), not plain, launch.size)
+    if not order.batches:
+        raise GkdError(
+            f"there are {len(dataset)} training clips, fewer than a batch of all processes,"
+            f" {settings.optim.batch_size} x {launch.size}",
+            str(store.path),
+            "`--batch-size` makes it smaller, or fewer processes",
+        )
     return {
         "stage": STAGE_FOLDER[stage],
         "preset": settings.name,
@@ -266,6 +309,8 @@ def _plan(
         "epochs": settings.optim.epochs,
         "steps": order.last_step(max_steps),
         "batch_size": settings.optim.batch_size,
+        "processes": launch.size,
+        "global_batch_size": order.batch_size,
         "clip": "x".join(map(str, clip)),
         "parameters": found.parameters,
         "gmac": found.gmac,
@@ -298,7 +343,7 @@ def _record(
     }
 
 
-def _trained(place: Place, stage: str, run: Run) -> Result:
+def _trained(place: Place, stage: str, run: Run, resume_command: str) -> Result:
     record, score = run.record, task_of(place.settings).SCORE
     curves = run.folder / "curves.png"
     payload = {
@@ -314,7 +359,6 @@ def _trained(place: Place, stage: str, run: Run) -> Result:
     }
     then = place.command("distill") if stage == "pretrain" else place.command("evaluate")
     if record["state"] == "cut":
-        then = place.command(STAGE_FOLDER[stage], "--resume")
         cut = "this run was cut short and is never chosen silently"
-        return Result(payload, str(run.folder), next=f"next: `{then}` ({cut})")
+        return Result(payload, str(run.folder), next=f"next: `{resume_command}` ({cut})")
     return Result(payload, str(run.folder), next=f"next: `{then}`")

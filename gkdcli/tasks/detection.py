@@ -15,7 +15,14 @@ from gkdcli.data.window_clips import WindowDataset
 from gkdcli.errors import GkdError
 from gkdcli.evaluation.detection import remarks
 from gkdcli.losses.boundary import boundary_contrast, boundary_loss
-from gkdcli.losses.segments import HeadOutputs, Targets, background_loss, segment_losses
+from gkdcli.losses.segments import (
+    Divisors,
+    HeadOutputs,
+    Targets,
+    at_least_one,
+    background_loss,
+    segment_losses,
+)
 from gkdcli.models.boundary import boundary_max_pool, proposal_segments
 from gkdcli.models.detector import Boundaries, Detector, attended
 from gkdcli.settings import CHANNELS, Role, Settings
@@ -84,6 +91,8 @@ def supervised_terms(
     targets: Mapping[str, Tensor],
     noise: Noise,
     settings: Settings,
+    divisors: Divisors = at_least_one,
+    spliced_part: Tensor | float = 1.0,
 ) -> Supervised:
     """All of AFSD's terms on the attended feature, the background's on what attention leaves (METHOD.md 5).
 
@@ -96,13 +105,16 @@ def supervised_terms(
         targets: `segments` (B, M, 2), `labels`, `valid`, `maps` (B, 2, T), `spliced` (B,), `proposals`.
         noise: not used; nothing is dropped.
         settings: recipe and weights.
+        divisors: see `segment_losses`.
+        spliced_part: makes of a mean over these spliced clips their part of the mean over all processes'.
     """
     weights, recipe = settings.distill, settings.recipe
     feature = attended(seen.features, seen.maps, recipe) if seen.maps else seen.features
     found, boundaries = network.head(feature)
     truth = Targets(targets["segments"], targets["labels"], targets["valid"])
     frames, centres = network.head.frames, network.head.priors
-    losses = segment_losses(HeadOutputs(*found), truth, centres, frames, weights.refine_iou, recipe)
+    outputs = HeadOutputs(*found)
+    losses = segment_losses(outputs, truth, centres, frames, weights.refine_iou, recipe, divisors)
     starts, ends = _boundary_losses(boundaries, targets["maps"])
     terms = {
         "location": Term(weights.location_weight, losses.location),
@@ -121,7 +133,7 @@ def supervised_terms(
     if spliced is not None:
         last = attended(spliced.features, spliced.maps, recipe) if spliced.maps else spliced.features
         proposals = targets["proposals"][targets["spliced"]]
-        contrast = _contrast(network.head.boundaries(last), proposals)
+        contrast = _contrast(network.head.boundaries(last), proposals) * spliced_part
         terms["boundary_contrast"] = Term(weights.contrast_weight, contrast)
     # the released code has overwritten the features by then (METHOD.md 4, 8 (1))
     return Supervised(terms, last if recipe == "official" else None)

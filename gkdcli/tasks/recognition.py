@@ -57,8 +57,12 @@ def supervised_terms(
     targets: dict[str, Tensor],
     noise: Noise,
     settings: Settings,
+    *_: object,
 ) -> Supervised:
-    """Cross-entropy on the attended feature, or on the plain one of a network without (METHOD.md 4, 8)."""
+    """Cross-entropy on the attended feature, or on the plain one of a network without (METHOD.md 4, 8).
+
+    A mean over clips, which needs no more than the processes' shares of them.
+    """
     assert spliced is None, "a matter of detection"
     feature, labels = seen.features["Mixed_5c"], targets["labels"]
     if seen.maps:

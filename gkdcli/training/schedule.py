@@ -19,11 +19,13 @@ def passes(generators: bool, schedule: str) -> tuple[int, ...]:
     return (GENERATOR, NETWORK) if generators and schedule == "epoch" else (NETWORK,)
 
 
-def schedule_of(settings: Settings, clips: int, generators: bool) -> Schedule:
+def schedule_of(
+    settings: Settings, clips: int, generators: bool, processes: int = 1, rank: int = 0
+) -> Schedule:
     """The order of a run over so many training clips; `generators`: whether CVAEs are trained."""
     parts = passes(generators, settings.train.schedule)
     drop_last = settings.task == "detection"  # as published (METHOD.md 4)
-    return Schedule(clips, parts, settings.train.seed, settings.optim, drop_last)
+    return Schedule(clips, parts, settings.train.seed, settings.optim, drop_last, processes, rank)
 
 
 class Spot(NamedTuple):
@@ -41,12 +43,17 @@ class Schedule:
     A *step* is one batch. Batches whose gradients add up (`optim.accumulation`) form a group within a pass,
     the last of a pass may be shorter; the optimiser moves where a group closes.
 
+    Several processes share each batch, `optim.batch_size` clips each. A smaller one is divided as evenly as
+    may be; who would get nothing takes its last clip, with weight 0.
+
     Args:
         clips: training videos.
         parts: the passes of an epoch, as the numbers that seeds know them by.
         seed: of the order.
         optim: settings.
         drop_last: a last batch that is not full is left out, as detection does.
+        processes: how many share a batch.
+        rank: which of them this is, from 0.
     """
 
     clips: int
@@ -54,13 +61,20 @@ class Schedule:
     seed: int
     optim: OptimSettings
     drop_last: bool = False
+    processes: int = 1
+    rank: int = 0
+
+    @property
+    def batch_size(self) -> int:
+        """Clips of a full batch, of all processes."""
+        return self.optim.batch_size * self.processes
 
     @property
     def batches(self) -> int:
         """Of one pass."""
         if self.drop_last:
-            return self.clips // self.optim.batch_size
-        return -(-self.clips // self.optim.batch_size)
+            return self.clips // self.batch_size
+        return -(-self.clips // self.batch_size)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -83,13 +97,27 @@ class Schedule:
         return (batch + 1) % self.optim.accumulation == 0 or batch + 1 == self.batches
 
     def share(self, batch: int) -> float:
-        """The weight of a batch's mean loss in the mean over its group: its part of the group's clips."""
+        """The weight of this process's mean loss in that of the group: its part of the group's clips."""
         first = batch - batch % self.optim.accumulation
         group = self._clips_before(first + self.optim.accumulation) - self._clips_before(first)
-        return (self._clips_before(batch + 1) - self._clips_before(batch)) / group
+        return self.own(batch) / group
+
+    def size(self, batch: int) -> int:
+        """How many clips a batch has."""
+        return self._clips_before(batch + 1) - self._clips_before(batch)
+
+    def own(self, batch: int) -> int:
+        """How many clips of a batch are this process's."""
+        each, more = divmod(self.size(batch), self.processes)
+        return each + (self.rank < more)  # an earlier process never has fewer than a later one
+
+    def _first(self, batch: int) -> int:
+        """Where they begin among the batch's clips."""
+        each, more = divmod(self.size(batch), self.processes)
+        return self.rank * each + min(self.rank, more)
 
     def _clips_before(self, batch: int) -> int:
-        return min(min(batch, self.batches) * self.optim.batch_size, self.clips)
+        return min(min(batch, self.batches) * self.batch_size, self.clips)
 
     def rate(self, step: int) -> float:
         """The factor of both learning rates, the same for all batches of a group."""
@@ -108,10 +136,12 @@ class Schedule:
         return passes * self.batches + min(groups * self.optim.accumulation, self.batches)
 
     def keys(self, step: int, last_step: int) -> Iterator[Keys]:
-        """The batches of steps [step, last_step)."""
+        """The batches of steps [step, last_step), this process's part of each."""
         while step < last_step:
             epoch, part, batch = self.spot(step)
-            order = training_order(self.clips, self.optim.batch_size, self.seed, epoch, part)
+            order = training_order(self.clips, self.batch_size, self.seed, epoch, part)
             chosen = order[batch : self.batches][: last_step - step]
-            yield from chosen
+            for number, keys in enumerate(chosen, batch):
+                first = self._first(number)
+                yield keys[first : first + self.own(number)] or keys[-1:]
             step += len(chosen)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gkdcli.losses import distill as losses
+from gkdcli.models.network import BATCH_NORMS
 from gkdcli.settings import DistillSettings
 from gkdcli.training.forward import Forward
 from gkdcli.training.noise import Noise
@@ -116,6 +117,7 @@ def network_terms(
     settings: DistillSettings,
     supervise: Supervise,
     spliced: int = 0,
+    spliced_part: Tensor | float = 1.0,
 ) -> dict[str, Term]:
     """Stage 2: the task, the error of the generated feature, and attention distillation.
 
@@ -132,6 +134,7 @@ def network_terms(
         supervise: the task's own terms.
         spliced: of the clips so many, the last ones, are versions of others with background spliced in
             (METHOD.md 5).
+        spliced_part: makes of a mean over them this process's part of the mean over those of all processes.
     """
     count = len(clips) - spliced
     seen, more = seen.divided(count)
@@ -148,6 +151,8 @@ def network_terms(
         for name, ours, wanted in zip(("", ".spliced"), (seen, more), theirs, strict=True):
             for tap, attention in ours.maps.items() if not name or spliced else ():
                 value = losses.attention_distillation(attention, wanted.maps[tap])
+                if name:
+                    value = value * spliced_part
                 terms[f"attention_distillation.{tap}{name}"] = Term(settings.beta, value)
     return terms
 
@@ -161,7 +166,7 @@ def see(forward: Forward, network: Any, clips: Tensor) -> Seen:
 @contextlib.contextmanager
 def held_statistics(network: nn.Module) -> Iterator[None]:
     """Batch norm in training mode goes by the batch but leaves its running statistics alone (METHOD.md 8)."""
-    norms = [module for module in network.modules() if isinstance(module, nn.BatchNorm3d)]
+    norms = [module for module in network.modules() if isinstance(module, BATCH_NORMS)]
     for norm in norms:
         norm.track_running_stats = False
     try:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import torch
@@ -16,13 +17,15 @@ from gkdcli.console import Console, Ticker
 from gkdcli.data.batches import ClipBatch, Clips, splice
 from gkdcli.data.clips import normalise
 from gkdcli.data.loader import load, lost_worker
-from gkdcli.errors import Interrupted
+from gkdcli.errors import ExitCode, GkdError, Interrupted
 from gkdcli.losses.distill import ramp
+from gkdcli.losses.segments import Divisors
 from gkdcli.runs import Run
 from gkdcli.settings import Settings
 from gkdcli.training import checkpoint, metrics, optim
 from gkdcli.training.checkpoint import Position, State
 from gkdcli.training.noise import Noise
+from gkdcli.training.processes import Group
 from gkdcli.training.schedule import GENERATOR, schedule_of
 from gkdcli.training.steps import (
     Networks,
@@ -35,10 +38,9 @@ from gkdcli.training.steps import (
     see,
     total,
 )
-from gkdcli.training.stopping import StopRequest, not_finite, out_of_memory
+from gkdcli.training.stopping import Report, StopRequest, Values, mean_values, not_finite, out_of_memory
 
 PASSES = ("generator", "network")
-Values = dict[str, float]  # of the terms of a step, and of their weighted sum, `loss`
 
 
 class SupervisedTerms(Protocol):
@@ -52,6 +54,8 @@ class SupervisedTerms(Protocol):
         targets: dict[str, Tensor],
         noise: Noise,
         settings: Settings,
+        divisors: Divisors,
+        spliced_part: Tensor | float,
     ) -> Supervised:
         """See the tasks."""
 
@@ -91,15 +95,23 @@ class Trainer:
     that batch norm knows each batch by itself, and so do the batch-wide sums of recipe `official` and what
     detection divides by: its counts of matched priors and of spliced clips.
 
+    Several processes do the same steps at the same time, each on its part of a batch, and so hold the same
+    weights; but for batch norm and for recipe `official`'s sums a batch is one, whoever its clips belong to.
+    The first process alone writes, says and validates.
+
     Args:
         job: what.
         run: where; it is locked by the caller.
         console: who is told.
         fabric: devices.
+        group: the processes; default: this one alone.
     """
 
-    def __init__(self, job: Job, run: Run, console: Console, fabric: Fabric) -> None:
+    def __init__(
+        self, job: Job, run: Run, console: Console, fabric: Fabric, group: Group | None = None
+    ) -> None:
         self.job, self.run, self.console, self.fabric = job, run, console, fabric
+        self.group = group or Group()
         settings, networks = job.settings, job.networks
         for module in (networks.student, networks.generators, networks.teacher, networks.teacher_generators):
             if module is not None:
@@ -107,6 +119,7 @@ class Trainer:
         for module in (networks.teacher, networks.teacher_generators):
             if module is not None:
                 module.eval().requires_grad_(False)
+        self.group.spread(networks.student, networks.generators)
         self.optimizer = optim.network_optimizer(networks.student.parameters(), settings.optim)
         self.generator_optimizer = (
             optim.generator_optimizer(networks.generators.parameters(), settings.optim)
@@ -115,9 +128,9 @@ class Trainer:
         )
         both = networks.generators is not None
         self.shared = both and settings.train.schedule == "step"  # one student forward serves both stages
-        self.schedule = schedule_of(settings, len(job.dataset), both)
+        self.schedule = schedule_of(settings, len(job.dataset), both, self.group.size, self.group.rank)
         self.position = Position()
-        self._stop = StopRequest(console)
+        self._stop = StopRequest(console, alone=self.group.size == 1)
         self._saved = 0.0  # when, by the monotonic clock
 
     @property
@@ -148,15 +161,14 @@ class Trainer:
                         self._give_way(last)
             self.save()
         complete = self.position.step >= self.schedule.steps
-        self.run.update(
-            state="complete" if complete else "cut", progress=self._progress(), seconds=self.position.seconds
-        )
+        self._record(state="complete" if complete else "cut", seconds=self.position.seconds)
 
     def _train_on(self, batch: ClipBatch) -> bool:
         """One step, and what is due after it; True where the optimiser moved."""
-        closed = self.schedule.closes(self.schedule.spot(self.position.step).batch)
+        spot = self.schedule.spot(self.position.step)
+        closed = self.schedule.closes(spot.batch)
         values = self._step(batch)
-        self._log(values, len(batch.samples))
+        self._log(values, self.schedule.size(spot.batch))
         self.position.step += 1
         if self.position.step % self.schedule.steps_per_epoch == 0:
             self._end_epoch()
@@ -164,12 +176,14 @@ class Trainer:
 
     def _give_way(self, last_step: int) -> None:
         """Saves where it is time to, and stops where that was asked for; called between optimiser steps."""
-        stop = self._stop.made and self.position.step < last_step
-        due = time.monotonic() - self._saved > 60 * self.job.settings.train.checkpoint_minutes
+        late = time.monotonic() - self._saved > 60 * self.job.settings.train.checkpoint_minutes
+        asked, due = self.group.agree(self._stop.made, late and self.group.first)
+        stop = asked and self.position.step < last_step
         if stop or due:
             self.save()
         if stop:
-            self.run.update(state="interrupted", progress=self._progress())
+            self._record(state="interrupted")
+            self.group.gather(None)  # nobody leaves before it is saved: torchrun would end the others
             raise Interrupted(
                 f"interrupted at epoch {self.epoch}, step {self.position.step}; the state is saved",
                 str(self.run.folder),
@@ -194,6 +208,9 @@ class Trainer:
                 seen = see(networks.forward, student, clips)
             return self._generator_stage(seen, noise, batch)
         spliced = splice(clips, targets) if settings.distill.contrast_weight else None
+        part: Tensor | float = 1.0
+        if settings.distill.contrast_weight and "spliced" in targets:  # asked by all, whatever they have
+            part = self.group.part(0 if spliced is None else len(spliced), self.fabric.device)
         if spliced is not None:  # in one pass with the others
             clips = torch.cat([clips, spliced])
         seen = see(networks.forward, student, clips)
@@ -208,8 +225,11 @@ class Trainer:
             noise,
             ramp(spot.epoch, settings.distill.ramp_epochs or settings.optim.epochs),
             settings.distill,
-            lambda ours, more, n: self.job.supervised(student, ours, more, targets, n, settings),
+            lambda ours, more, n: self.job.supervised(
+                student, ours, more, targets, n, settings, self.group.divisors, part
+            ),
             0 if spliced is None else len(spliced),
+            part,
         )
         values = self._descend(terms, self.optimizer, batch)
         return before | values | {"loss": before.get("loss", 0.0) + values["loss"]}
@@ -228,16 +248,27 @@ class Trainer:
         # one transfer from the device for all of them
         found = torch.stack([*(term.value.detach() for term in terms.values()), loss.detach()])
         values = dict(zip((*terms, "loss"), found.tolist(), strict=True))
-        if not torch.isfinite(found).all():
-            names = [self.job.dataset.name_of(sample) for sample in batch.samples]
-            kept = self.run.last if self.run.last.is_file() else None
-            raise not_finite(values, self._moment(), names, self.job.settings, kept)
         self.fabric.backward(loss * self.schedule.share(spot.batch))
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        # with the gradients still this process's own: what fails up to here, fails before anyone waits for it
+        reports = self.group.gather(
+            Report(
+                values,
+                self.schedule.own(spot.batch),
+                [self.job.dataset.name_of(sample) for sample in batch.samples[:5]],
+                [number for number, parameter in enumerate(parameters) if parameter.grad is not None],
+            )
+        )
+        for report in reports:
+            if not report.finite:
+                kept = self.run.last if self.run.last.is_file() else None
+                raise not_finite(report, self._moment(), self.job.settings, kept)
         if self.schedule.closes(spot.batch):
+            self.group.sum_gradients(parameters, sorted({*chain(*(report.moved for report in reports))}))
             optim.clip(optimizer, self.job.settings.optim.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
-        return values
+        return mean_values(reports)
 
     def _set_rates(self) -> None:
         settings, factor = self.job.settings.optim, self.schedule.rate(self.position.step)
@@ -266,7 +297,8 @@ class Trainer:
             "learning_rate": self.optimizer.param_groups[0]["lr"],
             "seconds": round(position.seconds, 3),
         }
-        metrics.append(self.run.metrics, entry | values)
+        if self.group.first:
+            metrics.append(self.run.metrics, entry | values)
 
     def _end_epoch(self) -> None:
         """Means over the epoch's clips, validation, and a checkpoint."""
@@ -274,6 +306,8 @@ class Trainer:
         means = {name: value / clips for name, (value, clips) in position.sums.items()}
         entry: dict[str, Any] = {"epoch": epoch, "mean": means}
         position.sums = {}
+        if not self.group.first:
+            return
         if self.job.validate is not None:
             score = entry[f"held_out_{self.job.score}"] = self.job.validate()
             if position.best is None or score >= position.best:
@@ -285,13 +319,13 @@ class Trainer:
         held = f", held-out {self.job.score} {entry[name]:.3f}" if name in entry else ""
         self.run.log(f"epoch {epoch}: {text}{held}")
         self.console.detail(f"epoch {epoch}: {text}{held}")
-        self.run.update(progress=self._progress())
+        self._record()
         if position.step < self.schedule.steps:  # the last one is saved by `fit`
             self.save()
 
     def _tick(self, tick: Ticker) -> None:
         settings, position = self.job.settings.optim, self.position
-        rate = position.step * settings.batch_size / max(position.seconds, 1e-9)
+        rate = position.step * self.schedule.batch_size / max(position.seconds, 1e-9)
         tick(position.step, f"epoch {min(self.epoch, settings.epochs)}/{settings.epochs}, {rate:.1f} clips/s")
 
     def _progress(self) -> dict[str, Any]:
@@ -304,22 +338,35 @@ class Trainer:
             f"best_held_out_{self.job.score}": self.position.best,
         }
 
+    def _record(self, **fields: Any) -> None:
+        if self.group.first:
+            self.run.update(progress=self._progress(), **fields)
+
     def _moment(self) -> str:
         return f"epoch {self.epoch}, step {self.position.step + 1}"
 
     def save(self) -> None:
         """Writes the checkpoint that `restore` goes back to."""
-        checkpoint.save(self._state(), self.run, self.job.resume_command)
+        if self.group.first:
+            checkpoint.save(self._state(), self.run, self.job.resume_command)
         self._saved = time.monotonic()
 
     def restore(self) -> None:
         """Goes back to the run's last checkpoint; metrics after it are dropped.
 
         Raises:
-            GkdError: the checkpoint is damaged or of another network.
+            GkdError: the checkpoint is damaged or of another network, or other processes see another one.
         """
         self.position = checkpoint.restore(self._state(), self.run)
-        metrics.truncate(self.run.metrics, self.position.step, self.epoch)
+        first, *others = self.group.gather(asdict(self.position))
+        if any(other != first for other in others):
+            raise GkdError(
+                "the processes see different checkpoints",
+                str(self.run.last),
+                "`--root` must lie on a file system that all machines share",
+            )
+        if self.group.first:
+            metrics.truncate(self.run.metrics, self.position.step, self.epoch)
 
     def _state(self) -> State:
         networks = self.job.networks
@@ -335,10 +382,14 @@ class Trainer:
         except Interrupted:
             raise
         except BaseException as error:
-            state = "interrupted" if isinstance(error, KeyboardInterrupt) else "failed"
+            stopped = isinstance(error, KeyboardInterrupt) or (
+                isinstance(error, GkdError) and error.code == ExitCode.INTERRUPTED  # heard of another process
+            )
+            state = "interrupted" if stopped else "failed"
             with contextlib.suppress(OSError):  # a full disk may be what failed
-                self.run.update(state=state, progress=self._progress())
-                self.run.log(f"{state}: {error}")
+                self._record(state=state)
+                if self.group.first:
+                    self.run.log(f"{state}: {error}")
             if isinstance(error, RuntimeError):
                 device = self.fabric.device
                 known = out_of_memory(error, self._moment(), self.job.settings, device) or lost_worker(error)

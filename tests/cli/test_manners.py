@@ -18,6 +18,7 @@ from typing import Any
 import pytest
 
 from gkdcli.data.store import Store
+from gkdcli.launch import Launch
 
 GKD = [sys.executable, "-m", "gkdcli"]
 CONFIG = ("distill", "demo", "--show-config")
@@ -209,10 +210,37 @@ def test_other_ranks_of_a_run_over_several_processes_are_silent(
     gkd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise --json would be as many documents as there are processes."""
-    monkeypatch.setenv("RANK", "1")
-    for words, code in ((CONFIG, 0), ((*CONFIG, "--json"), 0), (("distill", "dem", "--json"), 2)):
+    monkeypatch.setattr("gkdcli.launch.launched", lambda: Launch(1, 2, 2))
+    monkeypatch.setattr("gkdcli.console.launched", lambda: Launch(1, 2, 2))
+    for words in (CONFIG, (*CONFIG, "--json")):
         outcome = gkd(*words)
-        assert (outcome.code, outcome.out, outcome.err) == (code, "", "")
+        assert (outcome.code, outcome.out, outcome.err) == (0, "", "")
+
+
+def test_a_mistake_that_all_ranks_see_is_left_to_the_first(
+    gkd: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchrun ends the others once it has failed; only one that is left alone says it itself."""
+
+    class Ended(BaseException):
+        pass
+
+    def end(seconds: float) -> None:
+        assert handlers == dict.fromkeys((signal.SIGINT, signal.SIGTERM), signal.SIG_DFL)
+        if ended:
+            raise Ended
+
+    handlers: dict[int, Any] = {}
+    monkeypatch.setattr("gkdcli.launch.launched", lambda: Launch(1, 2, 2))
+    monkeypatch.setattr("gkdcli.launch.signal.signal", handlers.__setitem__)
+    monkeypatch.setattr("gkdcli.launch.time.sleep", end)
+    ended = True
+    with pytest.raises(Ended):
+        gkd("distill", "dem", "--json")
+    ended = False
+    outcome = gkd("distill", "dem", "--json")
+    assert outcome.code == outcome.json["error"]["code"] == 2
+    assert "error: no preset is called `dem`" in outcome.err
 
 
 @pytest.mark.parametrize("name", ["ümlaut.toml", os.fsdecode(b"\xff.toml")])

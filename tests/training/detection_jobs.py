@@ -82,5 +82,6 @@ def trainer_of(
         warm_up=lambda: None,
         resume_command="gkd distill demo-detection-tiny --resume",
     )
+    group = options.pop("group", None)
     assert not options
-    return Trainer(job, run, Console(quiet=True), Fabric(accelerator="cpu", devices=1))
+    return Trainer(job, run, Console(quiet=True), Fabric(accelerator="cpu", devices=1), group)

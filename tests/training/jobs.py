@@ -17,6 +17,7 @@ from gkdcli.models.network import build_cvae
 from gkdcli.runs import Place, Run, create_run
 from gkdcli.settings import Settings
 from gkdcli.tasks import recognition
+from gkdcli.training.processes import Group
 from gkdcli.training.steps import Networks
 from gkdcli.training.trainer import Job, Trainer
 from tests.stores import Video, make_store, picture
@@ -83,6 +84,7 @@ def trainer_of(
     supervised: Any = recognition.supervised_terms,
     validate: Any = None,
     accelerator: str = "cpu",
+    group: Group | None = None,
 ) -> Trainer:
     """A trainer in a new run folder, or in `run` as `--resume` would have it."""
     played = played or networks(settings, len(store.classes))
@@ -97,7 +99,7 @@ def trainer_of(
         warm_up=lambda: None,
         resume_command="gkd distill tiny --resume",
     )
-    return Trainer(job, run, Console(quiet=True), Fabric(accelerator=accelerator, devices=1))
+    return Trainer(job, run, Console(quiet=True), Fabric(accelerator=accelerator, devices=1), group)
 
 
 def settle(network: Any, clips: torch.Tensor) -> None:
