@@ -12,7 +12,7 @@ import pytest
 from tests.readme import GKD
 
 pytestmark = pytest.mark.slow
-LONGER = {"pretrain-attention": ("--epochs", "18"), "distill": ("--epochs", "10")}
+LONGER = {"pretrain-attention": ("--epochs", "18"), "distill": ("--epochs", "16")}
 
 
 @pytest.fixture(scope="module")
