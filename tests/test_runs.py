@@ -300,7 +300,7 @@ def test_settings_that_may_change_do_and_the_others_are_refused_with_a_diff(tmp_
     for key, value in allowed.items():
         section, _, name = key.partition(".")
         assert getattr(getattr(found, section), name) == value
-    assert {*allowed, "data.workers"} == RESUMABLE
+    assert {*allowed, "data.workers", "data.flow_batch", "data.flow_weights"} == RESUMABLE
     error = _refused(
         resumed_settings,
         run,

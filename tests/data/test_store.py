@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gkdcli.data import parts
+from gkdcli.data import parts, spool
 from gkdcli.data.annotations import Listing, Source, Subset
 from gkdcli.data.parts import PartWriter, escape, part_path, read_about, read_attributes, unescape
 from gkdcli.data.store import Store, build_index, mark_unfinished, written_settings
@@ -194,7 +194,7 @@ def test_a_failed_part_leaves_nothing(tmp_path: Path) -> None:
 
 
 def test_long_videos_wait_on_disk_not_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(parts, "_HELD_BYTES", 1000)
+    monkeypatch.setattr(spool, "_HELD_BYTES", 1000)
     jpegs = _jpegs("x", 50)
     with PartWriter(tmp_path / "x.h5", "jpeg", {}, "flow") as part:
         for jpeg in jpegs:

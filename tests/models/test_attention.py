@@ -223,10 +223,11 @@ def test_the_graph_of_a_network_with_lite_equals_it(tmp_path: Path, task):
         network = Detector("top-i3d", 3, length=128, **options)
     clip = torch.randn(2, 3, 16 if task == "recognition" else 128, 32, 32)
     settle(network, clip)
-    assert_graph_equals(network, clip, tmp_path / "network.onnx")
+    # on the detector's last levels a group norm has a handful of values, which magnifies rounding
+    assert_graph_equals(network, clip, tmp_path / "network.onnx", 1e-3 if task == "recognition" else 1e-2)
 
 
-def assert_graph_equals(module: nn.Module, given: Tensor, path: Path) -> None:
+def assert_graph_equals(module: nn.Module, given: Tensor, path: Path, rtol: float = 1e-3) -> None:
     """The graph computes what the module does, for other batch sizes too."""
     batch = {0: torch.export.Dim("batch")}
     torch.onnx.export(module, (given,), path, dynamo=True, dynamic_shapes=(batch,), verbose=False)
@@ -236,4 +237,4 @@ def assert_graph_equals(module: nn.Module, given: Tensor, path: Path) -> None:
             wanted = module(clips)
         found = session.run(None, {session.get_inputs()[0].name: clips.numpy()})
         for ours, theirs in zip((wanted,) if isinstance(wanted, Tensor) else wanted, found, strict=True):
-            np.testing.assert_allclose(theirs, ours.numpy(), rtol=1e-3, atol=1e-5)
+            np.testing.assert_allclose(theirs, ours.numpy(), rtol=rtol, atol=1e-5)
