@@ -257,6 +257,8 @@ def _run(crew: Hands, jobs: Sequence[Job], folder: Path, tally: _Tally, signals:
                 raise result.error
             if isinstance(result, Result) and (result.full or result.failure):
                 raise _write_error(folder, OSError(errno.ENOSPC if result.full else 0, result.failure))
+            if isinstance(result, Crashed):
+                _watch_disk(folder)  # HDF5 may crash where it cannot write: the video has no part in that
             tally.add(job, result)
         _watch_disk(folder)
     if signals:

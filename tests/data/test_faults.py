@@ -17,6 +17,7 @@ from gkdcli.data.annotations import scan_folder
 from gkdcli.data.extract import Progress, Report, prepare_parts
 from gkdcli.data.jobs import Job, Result
 from gkdcli.data.store import Store
+from gkdcli.data.workers import Crew
 from gkdcli.errors import GkdError
 from gkdcli.settings import DataSettings
 from tests.data.test_extract import small_disk
@@ -134,12 +135,12 @@ def test_a_store_that_turns_read_only_is_continued(root: Path, undisturbed: Path
 
 
 @pytest.fixture
-def filled(small_disk: Path) -> Iterator[Callable[[], Any]]:
-    """Fills the small disk; it is emptied when the test asks again."""
+def filled(small_disk: Path) -> Iterator[Callable[..., Any]]:
+    """Fills the small disk, but for so many bytes."""
     ballast = small_disk / "ballast"
 
-    def fill() -> None:
-        ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free))
+    def fill(left: int = 0) -> None:
+        ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - left))
 
     yield fill
     ballast.unlink(missing_ok=True)
@@ -173,6 +174,27 @@ def test_a_disk_that_fills_up_is_continued_once_there_is_space(
     report = prepare(small_disk, videos=videos)
     assert report.skipped * 2 == len(parts) == (2 if moment == "videos" else 8)
     assert content(small_disk / "mine") == whole
+
+
+def test_a_crash_on_a_full_disk_is_not_held_against_the_video(
+    small_disk: Path, filled: Callable[..., Any], undisturbed: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """HDF5 may crash where a file cannot be closed. Here the disk is full as soon as the process is gone."""
+    bury = Crew._bury
+
+    def fill_and_bury(*given: Any) -> Any:
+        filled(left=40_000)  # the table of rejects would fit
+        return bury(*given)
+
+    videos = undisturbed / "videos"
+    with monkeypatch.context() as patch:
+        patch.setattr(extract, "work", crash_on_v2)
+        patch.setattr(Crew, "_bury", fill_and_bury)
+        with pytest.raises(GkdError, match="the disk is full"):
+            prepare(small_disk, videos=videos)
+    (small_disk / "ballast").unlink()
+    assert prepare(small_disk, videos=videos).rejected == []
+    assert content(small_disk / "mine") == content(undisturbed / "mine")
 
 
 def test_a_video_that_is_taken_away_and_brought_back(root: Path, undisturbed: Path) -> None:
