@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import shutil
@@ -159,9 +160,10 @@ def test_a_store_whose_frames_were_scaled_by_another_library_is_not_continued(tm
     part = tmp_path / "mine" / "rgb" / "jump" / "jump_0.h5"
     with h5py.File(part, "a") as file:
         file.attrs["scaling"] = "bicubic"
-    with open(part, "r+b") as bare:  # parts of that time have no second line
-        bare.seek(512)
-        bare.write(b" " * 1536)
+    with open(part, "r+b") as bare:  # parts of that time have no second line, and their length is right
+        head = json.loads(bare.read(512)) | {"bytes": part.stat().st_size}
+        bare.seek(0)
+        bare.write(json.dumps(head).encode().ljust(2048))
     write_video(folder / "jump" / "more.mp4", draw(20))
     with pytest.raises(GkdError, match="scaled otherwise: bicubic, now PIL bicubic"):
         _prepare(tmp_path, data)
