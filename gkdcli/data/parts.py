@@ -207,7 +207,8 @@ class PartWriter:
     def _write_pending(self) -> None:
         if not self._pending:
             return
-        block = np.stack(self._pending)  # (T, H, W, C)
+        # np.stack keeps the order of planar images
+        block = np.ascontiguousarray(np.stack(self._pending))  # (T, H, W, C)
         self._pending.clear()
         self._sum.update(block.data)
         if "frames" not in self._file:

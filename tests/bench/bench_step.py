@@ -34,6 +34,16 @@ from gkdcli.training.trainer import Trainer
 FACTS = {"ucf101": (101, 6.7, 8.7, None, None), "thumos14": (20, 6.7, 5.4, 8.9, 7.1)}
 
 
+class OneClip:
+    """What the trainer asks of a data set."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def name_of(self, sample: int) -> str:
+        return "clip"
+
+
 class Iteration:
     """Everything of `gkd distill <preset>` but the reading of clips."""
 
@@ -55,7 +65,7 @@ class Iteration:
         job = SimpleNamespace(
             networks=networks,
             settings=page,
-            dataset=[0],
+            dataset=OneClip(),
             supervised=task.supervised_terms,
         )
         self.trainer = Trainer(job, None, None, Fabric(accelerator="cpu", devices=1))
