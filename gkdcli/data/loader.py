@@ -103,8 +103,9 @@ def _signals_blocked() -> Iterator[None]:
 def _leave_at_once(worker: int) -> None:
     """Has this process end without taking Python down, as the last thing that multiprocessing does in it.
 
-    A thread of it may be copying a batch into shared memory. While Python shuts down it ends threads that come
-    back from C++; C++ cannot be left that way, and aborts: "terminate called without an active exception".
+    A thread of it may be copying a batch into shared memory. While Python shuts down it ends threads that
+    come back from C++; C++ cannot be left that way, and aborts: "terminate called without an active
+    exception".
     """
     Finalize(None, os._exit, args=(0,), exitpriority=-100)
 

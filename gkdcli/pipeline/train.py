@@ -49,6 +49,7 @@ from gkdcli.tasks.trained import (
     weights_at,
 )
 from gkdcli.training.forward import Forward
+from gkdcli.training.journal import require_tensorboard
 from gkdcli.training.processes import Group, begun_run, require_processes
 from gkdcli.training.schedule import schedule_of
 from gkdcli.training.steps import Networks
@@ -101,6 +102,8 @@ def train(
             f"data.holdout = {settings.data.holdout:g}, training videos {len(videos)}",
             "it takes five videos (or groups) of one class; untrimmed videos count together",
         )
+    if settings.train.tensorboard:
+        require_tensorboard()
     device = _device(settings) if not dry_run else torch.device("cpu")
     fabric = group.start(device)
     with group.in_turn():  # it may import weights
