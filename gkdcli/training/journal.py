@@ -11,12 +11,12 @@ import torch
 
 from gkdcli.console import Console, Ticker
 from gkdcli.data.batches import ClipBatch
+from gkdcli.data.clock import at
 from gkdcli.errors import GkdError
 from gkdcli.files import human_bytes
 from gkdcli.runs import Run
 from gkdcli.training import memory, metrics
 from gkdcli.training.checkpoint import Position
-from gkdcli.training.clock import at
 from gkdcli.training.stopping import Values
 
 SMOOTH = 0.05  # share of the newest step in what the live table shows
@@ -61,15 +61,15 @@ class Journal:
             self._events = None
 
     def awaited(self, batches: Iterator[ClipBatch]) -> Iterator[ClipBatch]:
-        """The same batches, noting how long each is waited for."""
-        while True:
+        """The same batches, noting how long each but the first is waited for: there processes start."""
+        batch = next(batches, None)
+        self._began = time.perf_counter()
+        while batch is not None:
+            yield batch
             at("wait_for_data")
             self._began = time.perf_counter()
             batch = next(batches, None)
             self._waited = time.perf_counter() - self._began
-            if batch is None:
-                return
-            yield batch
 
     def step(
         self, position: Position, epoch: int, part: str, rate: float, values: Values, clips: int

@@ -10,10 +10,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gkdcli.data.clock import spent
 from gkdcli.losses import distill as losses
 from gkdcli.models.network import BATCH_NORMS
 from gkdcli.settings import DistillSettings
-from gkdcli.training.clock import spent
 from gkdcli.training.forward import Forward
 from gkdcli.training.noise import Noise
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from gkdcli.console import Console
 from gkdcli.data.batches import ClipBatch, Clips, splice
 from gkdcli.data.clips import normalise
+from gkdcli.data.clock import at, spent
 from gkdcli.data.loader import load, lost_worker
 from gkdcli.errors import ExitCode, GkdError, Interrupted
 from gkdcli.losses.distill import ramp
@@ -24,7 +25,6 @@ from gkdcli.runs import Run
 from gkdcli.settings import Settings
 from gkdcli.training import checkpoint, optim
 from gkdcli.training.checkpoint import Position, State
-from gkdcli.training.clock import at, spent
 from gkdcli.training.journal import Journal
 from gkdcli.training.noise import Noise
 from gkdcli.training.processes import Group
@@ -258,7 +258,7 @@ class Trainer:
         at("backward")
         self.fabric.backward(loss * self.schedule.share(spot.batch))
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        at("exchange")
+        at("exchange" if self.group.size > 1 else "optimizer")
         # with the gradients still this process's own: what fails up to here, fails before anyone waits for it
         reports = self.group.gather(
             Report(

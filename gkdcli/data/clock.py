@@ -1,4 +1,4 @@
-"""Where the time of a step goes: marks in the trainer and in the stages, taken in profile mode alone."""
+"""Where time goes: marks in trainer, stages and reading, heeded while a `Clock` runs, for `--profile`."""
 
 from __future__ import annotations
 
@@ -9,18 +9,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-
-# in the order of a step
-PLACES = (
-    "wait_for_data",
-    "transfer",
-    "student_forward",
-    "teacher_forward",
-    "losses_and_cvae",
-    "backward",
-    "exchange",
-    "optimizer",
-)
 
 
 class Clock:
@@ -46,19 +34,24 @@ class Clock:
         self._since = now
         return before
 
+    def restart(self, place: str) -> None:
+        """Forgets all, and begins in `place`."""
+        self.at(place)
+        self.seconds.clear()
+
 
 _running: Clock | None = None
 
 
 @contextmanager
 def running(clock: Clock) -> Iterator[Clock]:
-    """Has `at` go by this clock for as long as the block runs."""
+    """Has `at` go by this clock for as long as the block runs; one around it goes on by itself."""
     global _running
-    _running = clock
+    before, _running = _running, clock
     try:
         yield clock
     finally:
-        _running = None
+        _running = before
 
 
 def at(place: str) -> str:
