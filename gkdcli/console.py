@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -14,12 +14,14 @@ from typing import Protocol
 from gkdcli.errors import GkdError
 from gkdcli.launch import launched
 
+Rows = Callable[[], Sequence[tuple[str, str]]]
+
 
 class Ticker(Protocol):
     """What `Console.progress` yields: call it with what is done so far, and a short text."""
 
-    def __call__(self, done: int, text: str = "") -> None:
-        """Shows that `done` of the whole is done."""
+    def __call__(self, done: int, text: str = "", rows: Rows | None = None) -> None:
+        """Shows that `done` of the whole is done; a bar with names and values below it, if there are any."""
 
 
 class Progress(Protocol):
@@ -71,7 +73,7 @@ class Console:
         if style == "auto":
             style = "bar" if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else "plain"
         if self.quiet or style == "off" or not first_rank():
-            yield lambda done, text="": None
+            yield lambda done, text="", rows=None: None
         elif style == "bar":
             yield from _bar(title, total)
         else:
@@ -80,7 +82,7 @@ class Console:
     def _plain(self, title: str, total: int) -> Iterator[Ticker]:
         start = last = time.monotonic()
 
-        def tick(done: int, text: str = "") -> None:
+        def tick(done: int, text: str = "", rows: Rows | None = None) -> None:
             nonlocal last
             now = time.monotonic()
             if now - last < 10 and done < total:
@@ -99,8 +101,11 @@ class Console:
 
 
 def _bar(title: str, total: int) -> Iterator[Ticker]:
+    from rich.columns import Columns
     from rich.console import Console as RichConsole
+    from rich.console import RenderableType
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.text import Text
 
     columns = (
         TextColumn("{task.description}", markup=False),
@@ -109,10 +114,21 @@ def _bar(title: str, total: int) -> Iterator[Ticker]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}", markup=False),
     )
-    with Progress(*columns, console=RichConsole(stderr=True), transient=True) as bar:
+    shown: list[Rows] = []
+
+    class Board(Progress):
+        def get_renderables(self) -> Iterator[RenderableType]:
+            yield from super().get_renderables()
+            if rows := shown[-1]() if shown else ():
+                left, right = (max(map(len, words)) for words in zip(*rows, strict=True))
+                cells = [Text(f"{name:<{left}}  {value:>{right}}") for name, value in rows]
+                yield Columns(cells, padding=(0, 3))
+
+    with Board(*columns, console=RichConsole(stderr=True), transient=True, refresh_per_second=4) as bar:
         task = bar.add_task(title, total=total, text="")
 
-        def tick(done: int, text: str = "") -> None:
+        def tick(done: int, text: str = "", rows: Rows | None = None) -> None:
+            shown[:] = [rows] if rows is not None else []
             bar.update(task, completed=done, text=text)
 
         yield tick

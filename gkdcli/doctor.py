@@ -33,7 +33,7 @@ PACKAGES = (
     "rich",
     "matplotlib",
 )
-OPTIONAL = ("onnx", "onnxscript", "onnxruntime", "ray")
+OPTIONAL = ("onnx", "onnxscript", "onnxruntime", "ray", "tensorboard")
 
 
 def examine() -> Result:

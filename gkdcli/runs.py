@@ -28,6 +28,7 @@ RESUMABLE = {
     "train.workers",
     "train.threads",
     "train.checkpoint_minutes",
+    "train.tensorboard",
     "data.workers",
     "data.flow_batch",
     "data.flow_weights",

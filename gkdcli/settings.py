@@ -285,6 +285,7 @@ class TrainSettings(_Section):
     checkpoint_minutes: float = _setting(
         10.0, "a checkpoint is also written this often within an epoch", "minutes", gt=0.0
     )
+    tensorboard: bool = _setting(False, "TensorBoard events in the run folder; needs `gkdcli[tensorboard]`")
 
 
 class EvalSettings(_Section):

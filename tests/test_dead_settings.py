@@ -345,6 +345,13 @@ def refusal(command: str) -> Callable[[House, list[str]], str]:
     return observe
 
 
+def event_files(house: House, sets: list[str]) -> int:
+    """How many a run has written for TensorBoard."""
+    root = house.root()
+    house.train(sets, root).must()
+    return len(list(root.glob("runs/*/distill-rgb/*/tensorboard/events*")))
+
+
 class Row(NamedTuple):
     """Under the settings `base`, giving `name` the value `other` changes what `observe` sees."""
 
@@ -433,6 +440,7 @@ ROWS = [
     Row("train.channels_last", "off", weights),
     Row("train.sync_batch_norm", "true", where_it_runs, ("train.device=cpu",)),
     Row("train.checkpoint_minutes", "1e-9", checkpoints),
+    Row("train.tensorboard", "true", event_files),
     Row("eval.batch_size", "5", batches_of_evaluation),
     Row("eval.fusion_weights", "[1, 0]", fused_scores),
     detecting_row("eval.stride", "32", detections),

@@ -14,7 +14,8 @@ from gkdcli import doctor
 ROWS = [
     "gkd", "python", "cores", "torch", "torchvision", "av", "opencv-contrib-python-headless", "h5py", "numpy",
     "safetensors", "lightning-fabric", "pydantic", "typer", "rich", "matplotlib", "onnx", "onnxscript",
-    "onnxruntime", "ray", "torchvision beside torch", "CUDA", "driver", "decoder", "HDF5", "disk",
+    "onnxruntime", "ray", "tensorboard", "torchvision beside torch", "CUDA", "driver", "decoder", "HDF5",
+    "disk",
 ]  # fmt: skip
 
 

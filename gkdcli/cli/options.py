@@ -132,6 +132,17 @@ MaxSteps = Annotated[
     ),
 ]
 
+Profile = Annotated[
+    int | None,
+    typer.Option(
+        "--profile",
+        metavar="N",
+        min=1,
+        help="Say where the time of N steps goes, and stop; there is no run.",
+        rich_help_panel=RUN_PANEL,
+    ),
+]
+
 
 def _setting(name: str, flag: str, panel: str = RUN_PANEL, **given: Any) -> Any:
     """A flag that stands for a setting: its words and its range are the setting's own."""

@@ -18,11 +18,13 @@ from gkdcli.cli.options import (
     MaxSteps,
     PresetArgument,
     PresetOption,
+    Profile,
     Resume,
     Shared,
     shared_flags,
 )
 from gkdcli.console import Console
+from gkdcli.errors import usage_error
 from gkdcli.result import Result
 from gkdcli.runs import Place
 
@@ -37,6 +39,7 @@ def pretrain_attention(
     init: Init = None,
     resume: Resume = False,
     max_steps: MaxSteps = None,
+    profile: Profile = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
@@ -53,6 +56,7 @@ def pretrain_attention(
         backbone=backbone,
         resume=resume,
         max_steps=max_steps,
+        profile=profile,
     )
 
 
@@ -74,6 +78,7 @@ def distill(
     init: Init = None,
     resume: Resume = False,
     max_steps: MaxSteps = None,
+    profile: Profile = None,
     epochs: Epochs = None,
     batch_size: BatchSize = None,
     lr: LearningRate = None,
@@ -91,6 +96,7 @@ def distill(
         teacher=teacher,
         resume=resume,
         max_steps=max_steps,
+        profile=profile,
     )
 
 
@@ -104,6 +110,11 @@ def _train(
     lr: float | None,
     **request: Any,
 ) -> None:
+    for flag, given in (("--resume", request["resume"]), ("--max-steps", request["max_steps"])):
+        if given and request["profile"]:
+            raise usage_error(
+                f"{flag} does not go with --profile", flag, "a profile has no run to continue or cut"
+            )
     flags = {
         "train.init": ("--init", init),
         "optim.epochs": ("--epochs", epochs),

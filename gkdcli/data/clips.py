@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from torchvision.io import ImageReadMode, decode_jpeg
 
 from gkdcli.data.batches import ClipBatch, Keys
+from gkdcli.data.clock import spent
 from gkdcli.data.store import Store, VideoRow
 from gkdcli.errors import GkdError
 from gkdcli.settings import ClipSettings
@@ -162,9 +163,10 @@ def read_frames(store: Store, video: int, start: int, count: int) -> Tensor:
     Raises:
         GkdError: the part is missing or damaged.
     """
-    stored = store.frames(video, start, count)
+    stored = spent("read", store.frames, video, start, count)
     try:
-        return decode(stored, store.modality)
+        found: Tensor = spent("decode", decode, stored, store.modality)
+        return found
     except RuntimeError as error:
         row = store.videos[video]
         raise GkdError(

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 from collections.abc import Generator, Iterable, Iterator
 from functools import partial
 from multiprocessing import resource_tracker
+from multiprocessing.util import Finalize
 from typing import Any, cast
 
 import numpy as np
@@ -69,6 +71,7 @@ def read_ahead(dataset: Dataset[Any], workers: int, **options: Any) -> Generator
         dataset,
         num_workers=workers,
         multiprocessing_context="spawn" if workers else None,
+        worker_init_fn=_leave_at_once if workers else None,
         **options,
     )
     with _signals_blocked() if workers else contextlib.nullcontext():
@@ -95,6 +98,16 @@ def _signals_blocked() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _leave_at_once(worker: int) -> None:
+    """Has this process end without taking Python down, as the last thing that multiprocessing does in it.
+
+    A thread of it may be copying a batch into shared memory. While Python shuts down it ends threads that
+    come back from C++; C++ cannot be left that way, and aborts: "terminate called without an active
+    exception".
+    """
+    Finalize(None, os._exit, args=(0,), exitpriority=-100)
 
 
 def lost_worker(error: Exception) -> GkdError | None:

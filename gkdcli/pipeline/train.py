@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,6 +24,7 @@ from gkdcli.models.layers import initialise
 from gkdcli.models.network import build_cvae
 from gkdcli.pipeline.download import fetch, weights_source
 from gkdcli.pipeline.lookup import chosen, newest, open_store, require_same_flow, split_videos
+from gkdcli.pipeline.summary import profiled
 from gkdcli.report import draw_curves
 from gkdcli.result import Result
 from gkdcli.runs import (
@@ -49,6 +51,8 @@ from gkdcli.tasks.trained import (
     weights_at,
 )
 from gkdcli.training.forward import Forward
+from gkdcli.training.journal import require_tensorboard
+from gkdcli.training.memory import expected_bytes, resident_bytes
 from gkdcli.training.processes import Group, begun_run, require_processes
 from gkdcli.training.schedule import schedule_of
 from gkdcli.training.steps import Networks
@@ -65,6 +69,7 @@ def train(
     max_steps: int | None,
     dry_run: bool,
     teacher: Path | None = None,
+    profile: int | None = None,
 ) -> Result:
     """Phase 1 (`pretrain`) or phase 2 (`distill`).
 
@@ -77,12 +82,15 @@ def train(
         max_steps: stop after so many steps.
         dry_run: only plan.
         teacher: run folder of the teacher; default: the newest that fits.
+        profile: take so many steps, say where their time goes, and leave no run.
     """
     launch = launched()
     group = Group() if dry_run else Group.join(launch)
     command = launch.typed(place.command(STAGE_FOLDER[stage], "--resume"))
     store = open_store(place)
-    run = newest_unfinished(place, stage) if resume else begun_run(place, stage, launch, group.agents)
+    run = newest_unfinished(place, stage) if resume else None
+    if not resume and not profile:
+        run = begun_run(place, stage, launch, group.agents)
     if run is not None:
         require_processes(run, launch, place.command(STAGE_FOLDER[stage], "--resume"))
         place = replace(place, settings=resumed_settings(run, place))
@@ -101,6 +109,8 @@ def train(
             f"data.holdout = {settings.data.holdout:g}, training videos {len(videos)}",
             "it takes five videos (or groups) of one class; untrimmed videos count together",
         )
+    if settings.train.tensorboard:
+        require_tensorboard()
     device = _device(settings) if not dry_run else torch.device("cpu")
     fabric = group.start(device)
     with group.in_turn():  # it may import weights
@@ -119,7 +129,7 @@ def train(
     networks.student.hold_norms(norms_of(settings, run.record["began"] if run else began))
     networks.forward = _forward(settings, device)
     resumed = run is not None
-    if run is None:
+    if run is None and not profile:
         record = _record(place, store, held, teacher_run, began, plan)
         run = group.share(partial(create_run, place, stage, record))
         together = f", {launch.size} processes" if launch.size > 1 else ""
@@ -143,6 +153,10 @@ def train(
         warm_up=partial(score, held or videos, limit=2 * settings.eval.batch_size),
         resume_command=command,
     )
+    if profile:
+        trainer = Trainer(job, Run(place.runs(stage)), console, fabric, group)
+        return profiled(place, stage, console, trainer, profile, plan)
+    assert run is not None
     group.resume = f"`{command}` continues from the last checkpoint"
     with run.lock() if group.first else contextlib.nullcontext():
         trainer = Trainer(job, run, console, fabric, group)
@@ -292,6 +306,11 @@ def _plan(
             str(store.path),
             "`--batch-size` makes it smaller, or fewer processes",
         )
+    # of a GPU its tensors alone; of the CPU all that the process holds
+    memory = resident_bytes() if settings.train.device == "cpu" or not torch.cuda.is_available() else 0
+    distilled = teacher_run is not None and not plain
+    theirs = teacher_run.record["parameters"] + generators if teacher_run and distilled else 0
+    memory += expected_bytes(settings, found, generators, theirs, math.prod(clip))
     return {
         "stage": STAGE_FOLDER[stage],
         "preset": settings.name,
@@ -315,6 +334,7 @@ def _plan(
         "parameters": found.parameters,
         "gmac": found.gmac,
         "cvae_parameters": generators,
+        "memory_bytes": memory,
         "checkpoint_bytes": 4 * ((1 + moments) * found.parameters + 3 * generators),
         "free_bytes": free_bytes(place.root),
         "runs": str(place.runs(stage)),

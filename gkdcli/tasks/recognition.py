@@ -94,7 +94,7 @@ def held_out_score(
         batch_size=settings.eval.batch_size,
         device=device,
         workers=settings.train.workers if limit is None else 0,
-        tick=lambda done, text="": None,
+        tick=lambda done, text="", rows=None: None,
         limit=limit,
     )
     return float((class_scores(logits, settings.recipe).argmax(1) == labels).mean())

@@ -1,7 +1,9 @@
-"""`metrics.jsonl`: one JSON object per step, and one per epoch with the means over its clips."""
+"""`metrics.jsonl`: an object per step, one per epoch with the means over its clips; and `metrics.csv`."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -9,11 +11,26 @@ from typing import Any
 
 from gkdcli.files import write_text
 
+FIRST = ("row", "step", "epoch", "part", "learning_rate", "seconds", "step_seconds", "wait_seconds", "loss")
+NO_TERMS = frozenset(FIRST)  # what a line has beside its terms
+
 
 def append(path: Path, entry: Mapping[str, Any]) -> None:
     """Adds a line."""
     with open(path, "a", encoding="utf-8") as handle:
         handle.write(json.dumps(entry) + "\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All lines that are whole; what follows one that a kill cut short is not."""
+    found: list[dict[str, Any]] = []
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+            try:
+                found.append(json.loads(line))
+            except ValueError:
+                break
+    return found
 
 
 def truncate(path: Path, step: int, epoch: int) -> None:
@@ -26,12 +43,52 @@ def truncate(path: Path, step: int, epoch: int) -> None:
     """
     if not path.is_file():
         return
-    kept = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            entry = json.loads(line)
-        except ValueError:  # cut short by a kill
-            break
-        if entry["epoch"] < epoch if "mean" in entry else entry["step"] <= step:
-            kept.append(line)
-    write_text(path, "".join(f"{line}\n" for line in kept))
+    kept = [
+        entry
+        for entry in read(path)
+        if (entry["epoch"] < epoch if "mean" in entry else entry["step"] <= step)
+    ]
+    write_text(path, "".join(f"{json.dumps(entry)}\n" for entry in kept))
+
+
+class Table:
+    """`metrics.csv`: the lines of `metrics.jsonl` as rows, for spreadsheets.
+
+    A column keeps its place for good. A term that shows up later (the other pass, a spliced clip) becomes the
+    last column: then, and when a run is continued, the file is written anew from the lines.
+
+    Args:
+        path: of the table.
+        lines: `metrics.jsonl`, where an entry already is when it is added here.
+    """
+
+    def __init__(self, path: Path, lines: Path) -> None:
+        self.path = path
+        self.lines = lines
+        self.columns: dict[str, None] = {}  # none are known before the first row
+
+    def add(self, entry: Mapping[str, Any]) -> None:
+        """Adds a row."""
+        row = _row(entry)
+        if row.keys() <= self.columns.keys():
+            with open(self.path, "a", encoding="utf-8", newline="") as handle:
+                csv.DictWriter(handle, self.columns, lineterminator="\n").writerow(row)
+        else:
+            self.rewrite()
+
+    def rewrite(self) -> None:
+        """Makes the whole table from the lines."""
+        rows = [_row(entry) for entry in read(self.lines)]
+        self.columns = dict.fromkeys([*FIRST, *(name for row in rows for name in row)])
+        text = io.StringIO()
+        writer = csv.DictWriter(text, self.columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.path, text.getvalue())
+
+
+def _row(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """A line with its means, if it has them, in the columns of the terms."""
+    means = entry.get("mean")
+    rest = {name: value for name, value in entry.items() if name != "mean"}
+    return {"row": "step" if means is None else "epoch", **rest, **(means or {})}

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gkdcli.data.clock import spent
 from gkdcli.losses import distill as losses
 from gkdcli.models.network import BATCH_NORMS
 from gkdcli.settings import DistillSettings
@@ -147,7 +148,7 @@ def network_terms(
         terms[f"reconstruction.{tap}"] = Term(settings.reconstruction_weight * ramp, value)
     if networks.teacher is not None and seen.maps:
         with torch.no_grad():
-            theirs = see(networks.forward, networks.teacher, clips).divided(count)
+            theirs = spent("teacher_forward", see, networks.forward, networks.teacher, clips).divided(count)
         for name, ours, wanted in zip(("", ".spliced"), (seen, more), theirs, strict=True):
             for tap, attention in ours.maps.items() if not name or spliced else ():
                 value = losses.attention_distillation(attention, wanted.maps[tap])

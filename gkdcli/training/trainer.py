@@ -13,17 +13,19 @@ import torch
 from lightning_fabric import Fabric
 from torch import Tensor
 
-from gkdcli.console import Console, Ticker
+from gkdcli.console import Console
 from gkdcli.data.batches import ClipBatch, Clips, splice
 from gkdcli.data.clips import normalise
+from gkdcli.data.clock import at, spent
 from gkdcli.data.loader import load, lost_worker
 from gkdcli.errors import ExitCode, GkdError, Interrupted
 from gkdcli.losses.distill import ramp
 from gkdcli.losses.segments import Divisors
 from gkdcli.runs import Run
 from gkdcli.settings import Settings
-from gkdcli.training import checkpoint, metrics, optim
+from gkdcli.training import checkpoint, optim
 from gkdcli.training.checkpoint import Position, State
+from gkdcli.training.journal import Journal
 from gkdcli.training.noise import Noise
 from gkdcli.training.processes import Group
 from gkdcli.training.schedule import GENERATOR, schedule_of
@@ -130,6 +132,8 @@ class Trainer:
         self.shared = both and settings.train.schedule == "step"  # one student forward serves both stages
         self.schedule = schedule_of(settings, len(job.dataset), both, self.group.size, self.group.rank)
         self.position = Position()
+        first, tensorboard = self.group.first, settings.train.tensorboard
+        self.journal = Journal(run, console, job.score, first, fabric.device, tensorboard)
         self._stop = StopRequest(console, alone=self.group.size == 1)
         self._saved = 0.0  # when, by the monotonic clock
 
@@ -152,11 +156,11 @@ class Trainer:
             self._saved = time.monotonic()
             started = self._saved - self.position.seconds
             self._give_way(last)
-            with contextlib.closing(self._batches(last)) as batches:
-                for batch in batches:
+            with self.journal.open(self.position.step), contextlib.closing(self.batches(last)) as batches:
+                for batch in self.journal.awaited(batches):
                     closed = self._train_on(batch)
                     self.position.seconds = time.monotonic() - started
-                    self._tick(tick)
+                    self.journal.show(tick, self.position.step, self._progress_text())
                     if closed:
                         self._give_way(last)
             self.save()
@@ -168,7 +172,8 @@ class Trainer:
         spot = self.schedule.spot(self.position.step)
         closed = self.schedule.closes(spot.batch)
         values = self._step(batch)
-        self._log(values, self.schedule.size(spot.batch))
+        rate, clips = self.optimizer.param_groups[0]["lr"], self.schedule.size(spot.batch)
+        self.journal.step(self.position, spot.epoch, PASSES[spot.part], rate, values, clips)
         self.position.step += 1
         if self.position.step % self.schedule.steps_per_epoch == 0:
             self._end_epoch()
@@ -195,9 +200,11 @@ class Trainer:
     def _step(self, batch: ClipBatch) -> Values:
         settings, networks, student = self.job.settings, self.job.networks, self.job.networks.student
         spot = self.schedule.spot(self.position.step)
+        at("transfer")
         noise = Noise(settings.train.seed, spot.epoch, spot.part, batch.samples, self.fabric.device)
         targets = {name: self.fabric.to_device(value) for name, value in batch.targets.items()}
         clips = normalise(self.fabric.to_device(batch.clips), settings.clips, targets.get("frames"))
+        at("losses_and_cvae")
         self._set_rates()
         if not student.training:  # validation has changed that
             student.train()
@@ -205,7 +212,7 @@ class Trainer:
             # the official code moves the running statistics here too (METHOD.md 8 (10))
             official = settings.recipe == "official"
             with torch.no_grad(), contextlib.nullcontext() if official else held_statistics(student):
-                seen = see(networks.forward, student, clips)
+                seen = spent("student_forward", see, networks.forward, student, clips)
             return self._generator_stage(seen, noise, batch)
         spliced = splice(clips, targets) if settings.distill.contrast_weight else None
         part: Tensor | float = 1.0
@@ -213,7 +220,7 @@ class Trainer:
             part = self.group.part(0 if spliced is None else len(spliced), self.fabric.device)
         if spliced is not None:  # in one pass with the others
             clips = torch.cat([clips, spliced])
-        seen = see(networks.forward, student, clips)
+        seen = spent("student_forward", see, networks.forward, student, clips)
         own = seen.divided(len(batch.samples))[0]
         before = self._generator_stage(own, noise, batch) if self.shared else {}
         if networks.generators is not None:
@@ -248,8 +255,10 @@ class Trainer:
         # one transfer from the device for all of them
         found = torch.stack([*(term.value.detach() for term in terms.values()), loss.detach()])
         values = dict(zip((*terms, "loss"), found.tolist(), strict=True))
+        at("backward")
         self.fabric.backward(loss * self.schedule.share(spot.batch))
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        at("exchange" if self.group.size > 1 else "optimizer")
         # with the gradients still this process's own: what fails up to here, fails before anyone waits for it
         reports = self.group.gather(
             Report(
@@ -265,9 +274,11 @@ class Trainer:
                 raise not_finite(report, self._moment(), self.job.settings, kept)
         if self.schedule.closes(spot.batch):
             self.group.sum_gradients(parameters, sorted({*chain(*(report.moved for report in reports))}))
+            at("optimizer")
             optim.clip(optimizer, self.job.settings.optim.clip_norm)
             optimizer.step()
             optimizer.zero_grad()
+        at("losses_and_cvae")
         return mean_values(reports)
 
     def _set_rates(self) -> None:
@@ -276,57 +287,36 @@ class Trainer:
         if self.generator_optimizer is not None:
             optim.set_rate(self.generator_optimizer, settings.generator_lr * factor)
 
-    def _batches(self, last_step: int) -> Generator[ClipBatch, None, None]:
-        """All that is left of the run, so that workers read ahead across epochs."""
+    def batches(self, last_step: int) -> Generator[ClipBatch, None, None]:
+        """All that is left of the run up to a step, so that workers read ahead across epochs."""
         keys = self.schedule.keys(self.position.step, last_step)
         pin = self.fabric.device.type == "cuda"
         return load(self.job.dataset, keys, self.job.settings.train.workers, pin)
 
     # ---- what is written ----
 
-    def _log(self, values: Values, clips: int) -> None:
-        position, spot = self.position, self.schedule.spot(self.position.step)
-        for name, value in values.items():
-            if name != "loss":
-                total, counted = position.sums.get(name, (0.0, 0))
-                position.sums[name] = [total + value * clips, counted + clips]
-        entry = {
-            "step": position.step + 1,
-            "epoch": spot.epoch,
-            "part": PASSES[spot.part],
-            "learning_rate": self.optimizer.param_groups[0]["lr"],
-            "seconds": round(position.seconds, 3),
-        }
-        if self.group.first:
-            metrics.append(self.run.metrics, entry | values)
-
     def _end_epoch(self) -> None:
         """Means over the epoch's clips, validation, and a checkpoint."""
         position, epoch = self.position, self.epoch - 1
         means = {name: value / clips for name, (value, clips) in position.sums.items()}
-        entry: dict[str, Any] = {"epoch": epoch, "mean": means}
         position.sums = {}
         if not self.group.first:
             return
+        score = None
         if self.job.validate is not None:
-            score = entry[f"held_out_{self.job.score}"] = self.job.validate()
+            score = self.job.validate()
             if position.best is None or score >= position.best:
                 position.best, position.best_epoch = score, epoch
                 checkpoint.save_best(self._state(), self.run, self.job.resume_command)
-        metrics.append(self.run.metrics, entry)
-        text = ", ".join(f"{name} {value:.4f}" for name, value in means.items())
-        name = f"held_out_{self.job.score}"
-        held = f", held-out {self.job.score} {entry[name]:.3f}" if name in entry else ""
-        self.run.log(f"epoch {epoch}: {text}{held}")
-        self.console.detail(f"epoch {epoch}: {text}{held}")
+        self.journal.epoch(position, epoch, means, score)
         self._record()
         if position.step < self.schedule.steps:  # the last one is saved by `fit`
             self.save()
 
-    def _tick(self, tick: Ticker) -> None:
+    def _progress_text(self) -> str:
         settings, position = self.job.settings.optim, self.position
         rate = position.step * self.schedule.batch_size / max(position.seconds, 1e-9)
-        tick(position.step, f"epoch {min(self.epoch, settings.epochs)}/{settings.epochs}, {rate:.1f} clips/s")
+        return f"epoch {min(self.epoch, settings.epochs)}/{settings.epochs}, {rate:.1f} clips/s"
 
     def _progress(self) -> dict[str, Any]:
         epochs = self.job.settings.optim.epochs
@@ -348,6 +338,7 @@ class Trainer:
     def save(self) -> None:
         """Writes the checkpoint that `restore` goes back to."""
         if self.group.first:
+            self.journal.flush()
             checkpoint.save(self._state(), self.run, self.job.resume_command)
         self._saved = time.monotonic()
 
@@ -365,8 +356,7 @@ class Trainer:
                 str(self.run.last),
                 "`--root` must lie on a file system that all machines share",
             )
-        if self.group.first:
-            metrics.truncate(self.run.metrics, self.position.step, self.epoch)
+        self.journal.restore(self.position.step, self.epoch)
 
     def _state(self) -> State:
         networks = self.job.networks

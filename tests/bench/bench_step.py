@@ -67,6 +67,7 @@ class Iteration:
             settings=page,
             dataset=OneClip(),
             supervised=task.supervised_terms,
+            score=task.SCORE,
         )
         self.trainer = Trainer(job, None, None, Fabric(accelerator="cpu", devices=1))
         clip = torch.randint(0, 256, (1, 3, page.clips.length, page.clips.crop, page.clips.crop))

@@ -37,11 +37,12 @@ OWN = {
         "--flow-sample", "--shard", "--executor",
     },
     "pretrain-attention": {
-        "--backbone", "--init", "--resume", "--max-steps", "--epochs", "--batch-size", "--lr",
+        "--backbone", "--init", "--resume", "--max-steps", "--profile", "--epochs", "--batch-size",
+        "--lr",
     },
     "distill": {
-        "--backbone", "--teacher", "--init", "--resume", "--max-steps", "--epochs",
-        "--batch-size", "--lr",
+        "--backbone", "--teacher", "--init", "--resume", "--max-steps", "--profile",
+        "--epochs", "--batch-size", "--lr",
     },
     "evaluate": {
         "--model", "--run", "--fusion", "--rgb-run", "--flow-run", "--fusion-weights", "--rescore",

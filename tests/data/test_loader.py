@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gkdcli.data.batches import ClipBatch, Keys
 from gkdcli.data.clips import ClipDataset
 from gkdcli.data.loader import load, lost_worker, test_order, training_order
 from gkdcli.data.parts import part_path
@@ -75,6 +76,31 @@ def test_workers_read_the_same_batches_and_leave_stopping_to_their_parent(store)
         assert ours.samples == theirs.samples
         assert torch.equal(ours.targets["labels"], theirs.targets["labels"])
         assert torch.equal(ours.clips, theirs.clips)
+
+
+class Large:
+    """Batches that are made at once, and take a while to travel."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitems__(self, keys: Keys) -> Keys:
+        return keys
+
+    def collate(self, items: Keys) -> ClipBatch:
+        return ClipBatch(torch.zeros(60_000_000, dtype=torch.uint8), {}, [0])
+
+    def name_of(self, sample: int) -> str:
+        return "large"
+
+
+def test_workers_end_in_peace_where_a_batch_is_on_its_way():
+    """Not by an abort in C++, which says so on stderr and means nothing."""
+    batches = load(Large(), [[(0, 0, 0)]] * 9, workers=2)
+    next(batches)
+    processes = multiprocessing.active_children()
+    batches.close()
+    assert [process.exitcode for process in processes] == [0, 0]
 
 
 def test_an_error_in_a_worker_arrives_as_it_is_and_the_worker_goes(tmp_path: Path):

@@ -122,7 +122,7 @@ def metrics_of(run: Run) -> list[dict[str, Any]]:
 
 def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Without the times, which no two runs share."""
-    return [{key: value for key, value in line.items() if key != "seconds"} for line in lines]
+    return [{key: value for key, value in line.items() if not key.endswith("seconds")} for line in lines]
 
 
 def copied(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -1,0 +1,71 @@
+"""Memory of training: what it will take, what a process holds, and the most it has held."""
+
+from __future__ import annotations
+
+import os
+import re
+import resource
+import sys
+from pathlib import Path
+
+import torch
+
+from gkdcli.models.cost import Cost
+from gkdcli.settings import Settings
+
+KERNELS = 3  # tensors like the largest one that an operation and its gradient hold for a moment
+
+
+def resident_bytes() -> int:
+    """Of this process now; the most so far where the system does not say."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return peak_resident_bytes()
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_resident_bytes() -> int:
+    """The most that this process has held."""
+    try:
+        # the other count below begins with that of the process that started this one
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="ascii"))
+        if found:
+            return int(found[1]) * 1024
+    except OSError:
+        pass
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024
+
+
+def expected_bytes(settings: Settings, network: Cost, generators: int, teacher: int, clip_values: int) -> int:
+    """What the tensors of a training step come to at most, in float32: weights, optimisers, what is kept.
+
+    Of the two stages the one that takes more counts. What kernels and allocators keep comes on top.
+
+    Args:
+        settings: the page.
+        network: cost of the one that is trained, by clip.
+        generators: parameters of its CVAEs.
+        teacher: parameters of teacher and its CVAEs.
+        clip_values: numbers in a clip.
+    """
+    trained, batch = network.parameters, settings.optim.batch_size
+    moments = 1 if settings.optim.algorithm == "sgd" else 2
+    steady = 4 * (trained + generators + teacher + moments * trained + 2 * generators)
+    spliced = settings.task == "detection" and settings.distill.contrast_weight > 0
+    passed = 2 * batch if spliced else batch  # in the worst batch all clips have a spliced version
+    steady += (5 * passed + batch) * clip_values  # as bytes, the next batch too, and as floats
+    kept = passed * network.kept_bytes
+    moment = KERNELS * passed * network.largest_bytes
+    network_stage = kept + max(moment, 4 * trained - kept)  # gradients come as what is kept goes
+    shared = settings.train.schedule == "step"
+    generator_stage = 4 * generators + (kept if shared else moment)
+    return steady + max(network_stage, generator_stage)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most so far: of a GPU what PyTorch had allocated on it, of the CPU what the process held."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    return peak_resident_bytes()
