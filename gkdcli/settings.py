@@ -285,6 +285,11 @@ class TrainSettings(_Section):
     checkpoint_minutes: float = _setting(
         10.0, "a checkpoint is also written this often within an epoch", "minutes", gt=0.0
     )
+    teacher_cache: int = _setting(
+        0,
+        "distill: views of each clip that the teacher is shown, once and for all; 0: a new one in every step",
+        "views", ge=0, le=9999,
+    )  # fmt: skip
 
 
 class EvalSettings(_Section):

@@ -20,6 +20,7 @@ from gkdcli.cli.options import (
     PresetOption,
     Resume,
     Shared,
+    TeacherCache,
     shared_flags,
 )
 from gkdcli.console import Console
@@ -71,6 +72,7 @@ def distill(
             rich_help_panel=RUN_PANEL,
         ),
     ] = None,
+    teacher_cache: TeacherCache = None,
     init: Init = None,
     resume: Resume = False,
     max_steps: MaxSteps = None,
@@ -89,6 +91,7 @@ def distill(
         lr,
         backbone=backbone,
         teacher=teacher,
+        teacher_cache=teacher_cache,
         resume=resume,
         max_steps=max_steps,
     )
@@ -102,6 +105,7 @@ def _train(
     epochs: int | None,
     batch_size: int | None,
     lr: float | None,
+    teacher_cache: int | None = None,
     **request: Any,
 ) -> None:
     flags = {
@@ -109,6 +113,7 @@ def _train(
         "optim.epochs": ("--epochs", epochs),
         "optim.batch_size": ("--batch-size", batch_size),
         "optim.learning_rate": ("--lr", lr),
+        "train.teacher_cache": ("--teacher-cache", teacher_cache),
     }
 
     def call(place: Place, console: Console) -> Result:

@@ -40,7 +40,7 @@ OWN = {
         "--backbone", "--init", "--resume", "--max-steps", "--epochs", "--batch-size", "--lr",
     },
     "distill": {
-        "--backbone", "--teacher", "--init", "--resume", "--max-steps", "--epochs",
+        "--backbone", "--teacher", "--teacher-cache", "--init", "--resume", "--max-steps", "--epochs",
         "--batch-size", "--lr",
     },
     "evaluate": {
