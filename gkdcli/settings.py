@@ -286,6 +286,11 @@ class TrainSettings(_Section):
         10.0, "a checkpoint is also written this often within an epoch", "minutes", gt=0.0
     )
     tensorboard: bool = _setting(False, "TensorBoard events in the run folder; needs `gkdcli[tensorboard]`")
+    teacher_cache: int = _setting(
+        0,
+        "distill: views of each clip that the teacher is shown, once and for all; 0: a new one in every step",
+        "views", ge=0, le=9999,
+    )  # fmt: skip
 
 
 class EvalSettings(_Section):

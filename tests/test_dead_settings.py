@@ -441,6 +441,7 @@ ROWS = [
     Row("train.sync_batch_norm", "true", where_it_runs, ("train.device=cpu",)),
     Row("train.checkpoint_minutes", "1e-9", checkpoints),
     Row("train.tensorboard", "true", event_files),
+    Row("train.teacher_cache", "2", plan_of("distill", "teacher_cache_bytes")),
     Row("eval.batch_size", "5", batches_of_evaluation),
     Row("eval.fusion_weights", "[1, 0]", fused_scores),
     detecting_row("eval.stride", "32", detections),

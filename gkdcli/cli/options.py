@@ -165,6 +165,7 @@ Init = Annotated[str | None, _setting("train.init", "--init", metavar="scratch|t
 Epochs = Annotated[int | None, _setting("optim.epochs", "--epochs")]
 BatchSize = Annotated[int | None, _setting("optim.batch_size", "--batch-size")]
 LearningRate = Annotated[float | None, _setting("optim.learning_rate", "--lr")]
+TeacherCache = Annotated[int | None, _setting("train.teacher_cache", "--teacher-cache", metavar="K")]
 RunFolder = Annotated[Path | None, run_option("--run", "the network")]
 Model = Annotated[Which, typer.Option(help="Which of the two networks.", rich_help_panel=RUN_PANEL)]
 

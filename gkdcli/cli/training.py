@@ -21,6 +21,7 @@ from gkdcli.cli.options import (
     Profile,
     Resume,
     Shared,
+    TeacherCache,
     shared_flags,
 )
 from gkdcli.console import Console
@@ -75,6 +76,7 @@ def distill(
             rich_help_panel=RUN_PANEL,
         ),
     ] = None,
+    teacher_cache: TeacherCache = None,
     init: Init = None,
     resume: Resume = False,
     max_steps: MaxSteps = None,
@@ -94,6 +96,7 @@ def distill(
         lr,
         backbone=backbone,
         teacher=teacher,
+        teacher_cache=teacher_cache,
         resume=resume,
         max_steps=max_steps,
         profile=profile,
@@ -108,6 +111,7 @@ def _train(
     epochs: int | None,
     batch_size: int | None,
     lr: float | None,
+    teacher_cache: int | None = None,
     **request: Any,
 ) -> None:
     for flag, given in (("--resume", request["resume"]), ("--max-steps", request["max_steps"])):
@@ -120,6 +124,7 @@ def _train(
         "optim.epochs": ("--epochs", epochs),
         "optim.batch_size": ("--batch-size", batch_size),
         "optim.learning_rate": ("--lr", lr),
+        "train.teacher_cache": ("--teacher-cache", teacher_cache),
     }
 
     def call(place: Place, console: Console) -> Result:

@@ -45,6 +45,9 @@ class Clips(Protocol):
     def name_of(self, sample: int) -> str:
         """Which clip a message means."""
 
+    def digest(self) -> str:
+        """Changes with the clips' order and with all that is seen of them but what settings say."""
+
 
 def splice(clips: Tensor, targets: dict[str, Tensor]) -> Tensor | None:
     """The spliced versions (b, C, T, H, W) of those of `clips` (B, C, T, H, W) that have one (METHOD.md 5).

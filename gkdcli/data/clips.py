@@ -140,6 +140,10 @@ class ClipDataset(Dataset[tuple[Tensor, int, int]]):
         row = self.store.videos[sample]
         return f"{row.class_name}/{row.name}"
 
+    def digest(self) -> str:
+        """Changes with the store, and with which videos these are."""
+        return hashlib.sha256(f"{self.store.fingerprint} {self.videos}".encode()).hexdigest()
+
     def read(self, video: int, start: int) -> Tensor:
         """Decoded frames from `start`, (T, C, H, W) uint8; a short video repeats its last frame."""
         count = min(self.clips.length, self.store.videos[video].frames - start)

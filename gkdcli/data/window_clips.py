@@ -5,6 +5,7 @@ Which clips, and what is in them: `gkdcli.data.windows`. Pixels stay uint8, as i
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Generator, Iterator, Sequence
 from typing import NamedTuple
 
@@ -146,6 +147,13 @@ class WindowDataset(Dataset[WindowItem]):
         video, window, _ = self.windows[sample]
         row = self.store.videos[video]
         return f"{row.class_name}/{row.name}@{window.offset}"
+
+    def digest(self) -> str:
+        """Changes with the store, with which clips these are, and with what is said of them."""
+        found = hashlib.sha256(self.store.fingerprint.encode())
+        for video, window, shortest in self.windows:
+            found.update(f"\n{video} {window.offset} {shortest} {window.segments.tolist()}".encode())
+        return found.hexdigest()
 
 
 def segment_rows(segments: Sequence[Segment]) -> Segments:

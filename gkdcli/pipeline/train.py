@@ -56,6 +56,8 @@ from gkdcli.training.memory import expected_bytes, resident_bytes
 from gkdcli.training.processes import Group, begun_run, require_processes
 from gkdcli.training.schedule import schedule_of
 from gkdcli.training.steps import Networks
+from gkdcli.training.teacher_cache import bytes_per_view, views_of
+from gkdcli.training.teacher_views import let_it_teach
 from gkdcli.training.trainer import Job, Trainer
 
 
@@ -128,9 +130,12 @@ def train(
         networks.student.sync_norms()
     networks.student.hold_norms(norms_of(settings, run.record["began"] if run else began))
     networks.forward = _forward(settings, device)
+    known = None
+    if settings.train.teacher_cache and networks.teacher is not None and teacher_run is not None:
+        dataset, known = let_it_teach(networks, dataset, place, teacher_run, run, device, group, console)
     resumed = run is not None
     if run is None and not profile:
-        record = _record(place, store, held, teacher_run, began, plan)
+        record = _record(place, store, held, teacher_run, began, plan) | {"teacher_cache": known}
         run = group.share(partial(create_run, place, stage, record))
         together = f", {launch.size} processes" if launch.size > 1 else ""
         console.note(f"run {run.folder}: {began}, {plan['steps']} steps on {device.type}{together}")
@@ -296,7 +301,10 @@ def _plan(
     build = partial(build_network, settings, ROLE[stage], classes, place.modality, not plain)
     found = cost(build, clip)
     with torch.device("meta"):
-        generators = 0 if plain else sum(part.numel() for part in build_cvae(build()).parameters())
+        network = build()
+        generators = 0 if plain else sum(part.numel() for part in build_cvae(network).parameters())
+    views = 0 if plain or stage != "distill" else views_of(settings)
+    cache_bytes = views * len(dataset) * bytes_per_view(network.shapes, settings)
     moments = 1 if settings.optim.algorithm == "sgd" else 2
     order = schedule_of(settings, len(dataset), not plain, launch.size)
     if not order.batches:
@@ -335,6 +343,7 @@ def _plan(
         "gmac": found.gmac,
         "cvae_parameters": generators,
         "memory_bytes": memory,
+        "teacher_cache_bytes": cache_bytes,
         "checkpoint_bytes": 4 * ((1 + moments) * found.parameters + 3 * generators),
         "free_bytes": free_bytes(place.root),
         "runs": str(place.runs(stage)),

@@ -25,11 +25,21 @@ class Term(NamedTuple):
     value: Tensor
 
 
+Maps = dict[str, Tensor]  # of attention, (B, C, T'), by tap
+
+
+class Taught(NamedTuple):
+    """The teacher's attention maps of clips, and of those spliced clips that there are (METHOD.md 5)."""
+
+    maps: Maps
+    spliced: Maps
+
+
 class Seen(NamedTuple):
     """What a network makes of clips: features (B, C, T', H, W) and attention maps (B, C, T'), by tap."""
 
     features: dict[str, Tensor]
-    maps: dict[str, Tensor]
+    maps: Maps
 
     def divided(self, count: int) -> tuple[Seen, Seen]:
         """Of the first `count` clips, and of the others."""
@@ -58,7 +68,7 @@ class Networks:
     Args:
         student: the network being trained (the teacher itself in phase 1).
         generators: its CVAEs by tap; None for the plain student.
-        teacher: frozen; None in phase 1 and for the plain student.
+        teacher: frozen; None in phase 1, for the plain student, and where what it says is known.
         teacher_generators: the frozen teacher's CVAEs.
         forward: how they are run; heads and losses are in float32 whatever it says.
     """
@@ -119,6 +129,7 @@ def network_terms(
     supervise: Supervise,
     spliced: int = 0,
     spliced_part: Tensor | float = 1.0,
+    taught: Taught | None = None,
 ) -> dict[str, Term]:
     """Stage 2: the task, the error of the generated feature, and attention distillation.
 
@@ -136,6 +147,7 @@ def network_terms(
         spliced: of the clips so many, the last ones, are versions of others with background spliced in
             (METHOD.md 5).
         spliced_part: makes of a mean over them this process's part of the mean over those of all processes.
+        taught: what the teacher makes of these clips, where that is known; None: it is run.
     """
     count = len(clips) - spliced
     seen, more = seen.divided(count)
@@ -146,16 +158,22 @@ def network_terms(
         generated = networks.forward(generator.generate, attention, noise.normal(_latent(attention)))
         value = losses.reconstruction_error(generated, (generated_like or seen.features)[tap])
         terms[f"reconstruction.{tap}"] = Term(settings.reconstruction_weight * ramp, value)
-    if networks.teacher is not None and seen.maps:
-        with torch.no_grad():
-            theirs = spent("teacher_forward", see, networks.forward, networks.teacher, clips).divided(count)
-        for name, ours, wanted in zip(("", ".spliced"), (seen, more), theirs, strict=True):
-            for tap, attention in ours.maps.items() if not name or spliced else ():
-                value = losses.attention_distillation(attention, wanted.maps[tap])
+    if seen.maps and (taught or networks.teacher is not None):
+        theirs = taught or _teach(networks, clips, count)
+        for name, ours, wanted in zip(("", ".spliced"), (seen.maps, more.maps), theirs, strict=True):
+            for tap, attention in ours.items() if not name or spliced else ():
+                value = losses.attention_distillation(attention, wanted[tap])
                 if name:
                     value = value * spliced_part
                 terms[f"attention_distillation.{tap}{name}"] = Term(settings.beta, value)
     return terms
+
+
+@torch.no_grad()
+def _teach(networks: Networks, clips: Tensor, count: int) -> Taught:
+    seen = spent("teacher_forward", see, networks.forward, networks.teacher, clips)
+    ours, spliced = seen.divided(count)
+    return Taught(ours.maps, spliced.maps)
 
 
 def see(forward: Forward, network: Any, clips: Tensor) -> Seen:

@@ -41,6 +41,7 @@ from gkdcli.training.steps import (
     total,
 )
 from gkdcli.training.stopping import Report, StopRequest, Values, mean_values, not_finite, out_of_memory
+from gkdcli.training.teacher_cache import taught
 
 PASSES = ("generator", "network")
 
@@ -237,6 +238,7 @@ class Trainer:
             ),
             0 if spliced is None else len(spliced),
             part,
+            taught(targets),
         )
         values = self._descend(terms, self.optimizer, batch)
         return before | values | {"loss": before.get("loss", 0.0) + values["loss"]}

@@ -41,7 +41,7 @@ OWN = {
         "--lr",
     },
     "distill": {
-        "--backbone", "--teacher", "--init", "--resume", "--max-steps", "--profile",
+        "--backbone", "--teacher", "--teacher-cache", "--init", "--resume", "--max-steps", "--profile",
         "--epochs", "--batch-size", "--lr",
     },
     "evaluate": {
