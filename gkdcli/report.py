@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +36,27 @@ def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
 
 
 def draw_curves(metrics: Path, path: Path) -> None:
-    """Every loss term's mean per epoch, and the held-out score, as a PNG."""
-    epochs = [entry for entry in _entries(metrics) if "mean" in entry]
+    """Every loss term's mean per epoch, the held-out score, and the learning rate by step, as a PNG."""
+    epochs: list[dict[str, Any]] = []
+    rates: list[float] = []
+    steps = 1.0  # of an epoch
+    for entry in _entries(metrics):
+        if "mean" in entry:
+            epochs.append(entry)
+            steps = len(rates) / entry["epoch"]
+        else:
+            rates.append(entry["learning_rate"])
     if not epochs:
         return
-    figure, axes = new_figure(8, 5)
+    figure, (axes, below) = new_figure(8, 6.5, nrows=2, sharex=True, height_ratios=[3, 1])
+    thin = max(len(rates) // 2000, 1)  # more would not be seen
+    below.plot([(step + 1) / steps for step in range(0, len(rates), thin)], rates[::thin])
+    below.set(xlabel="epoch", ylabel="learning rate", ylim=(0, None))
+    below.ticklabel_format(axis="y", style="sci", scilimits=(-2, 3))
     numbers = [entry["epoch"] for entry in epochs]
     for name in dict.fromkeys(name for entry in epochs for name in entry["mean"]):
         axes.plot(numbers, [entry["mean"].get(name) for entry in epochs], marker=".", label=name)
-    axes.set(xlabel="epoch", ylabel="loss term, mean", yscale="log")
+    axes.set(ylabel="loss term, mean", yscale="log")
     axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.12, 1))
     held = next((name for name in epochs[0] if name.startswith("held_out_")), None)
     if held is not None:
@@ -54,10 +66,10 @@ def draw_curves(metrics: Path, path: Path) -> None:
     save_figure(figure, path)
 
 
-def _entries(metrics: Path) -> list[dict[str, Any]]:
-    if not metrics.is_file():
-        return []
-    return [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+def _entries(metrics: Path) -> Iterator[dict[str, Any]]:
+    if metrics.is_file():
+        with open(metrics, encoding="utf-8") as handle:
+            yield from map(json.loads, handle)
 
 
 def drawable(name: str) -> str:

@@ -96,6 +96,25 @@ def test_auto_draws_a_bar_on_a_terminal_only(term: str, bar: bool, monkeypatch: 
     assert ("train: 2/2" in stderr.getvalue()) is not bar
 
 
+def test_a_bar_has_names_and_values_below_it_and_a_plain_line_has_none(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def rows() -> list[tuple[str, str]]:
+        return [("data wait", "1.5 %"), ("cvae_kl.Mixed_5c", "0.0023")]
+
+    with Console(progress_style="plain").progress("train", 1) as tick:
+        tick(1, "epoch 1", rows)
+    assert capsys.readouterr().err == "train: 1/1 in 0 s (epoch 1)\n"
+    stderr = _Terminal()
+    monkeypatch.setattr(sys, "stderr", stderr)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    with Console().progress("train", 2) as tick:
+        tick(1, "epoch 1", rows)
+    last = stderr.getvalue().rpartition("train")[2]
+    assert "data wait          1.5 %" in last
+    assert "cvae_kl.Mixed_5c  0.0023" in last
+
+
 def test_a_bar_keeps_markup_in_names_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     """A video called `[red].mp4` is a name, not a colour."""
     stderr = _Terminal()

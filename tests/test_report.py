@@ -36,7 +36,7 @@ def test_class_names_are_text_not_formulas(tmp_path):
 def lines(epochs: int, held: bool) -> list[dict]:
     found: list[dict] = []
     for epoch in range(1, epochs + 1):
-        found.append({"step": epoch, "epoch": epoch, "loss": 1.0})
+        found.append({"step": epoch, "epoch": epoch, "learning_rate": 0.1 / epoch, "loss": 1.0})
         entry = {"epoch": epoch, "mean": {"classification": 2.0 / epoch, "cvae_kl.Mixed_5c": 0.0}}
         found.append(entry | ({"held_out_top1": epoch / 10} if held else {}))
     return found
@@ -54,6 +54,6 @@ def test_curves_are_drawn_also_of_terms_that_are_zero(tmp_path, epochs, held):
 def test_without_a_whole_epoch_there_is_nothing_to_draw(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     draw_curves(metrics, tmp_path / "curves.png")
-    metrics.write_text(json.dumps({"step": 1, "epoch": 1, "loss": 1.0}) + "\n")
+    metrics.write_text(json.dumps(lines(1, False)[0]) + "\n")
     draw_curves(metrics, tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()

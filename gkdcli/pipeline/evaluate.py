@@ -13,9 +13,10 @@ from gkdcli.console import Console
 from gkdcli.data.store import Store
 from gkdcli.errors import ExitCode, GkdError
 from gkdcli.evaluation.scores import check_requirements, parse_requirement
-from gkdcli.files import digest, write_json
+from gkdcli.files import digest
 from gkdcli.pipeline.lookup import find_run, newest, open_store, require_same_flow, split_videos
-from gkdcli.result import Result, jsonable
+from gkdcli.pipeline.summary import write_report
+from gkdcli.result import Result
 from gkdcli.runs import Place, Run
 from gkdcli.tasks.trained import ROLE, chosen_device, rebuild, task_of
 
@@ -78,7 +79,7 @@ def evaluate(
     for remark in task_of(found[0].settings).remarks(payload):
         console.warn(*remark)
     name = "report" if len(streams) == 1 else "fusion"
-    write_json(found[0].folder / f"{name}.json", jsonable(payload))
+    write_report(found[0].folder / f"{name}.json", payload)
     task, first = task_of(found[0].settings), streams[0]
     fusing = "" if len(streams) == 1 else "fusion-"
     task.draw(payload, fused, first.store, first.videos, found[0].folder, fusing)

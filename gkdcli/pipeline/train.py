@@ -16,7 +16,7 @@ from gkdcli.data.batches import Clips
 from gkdcli.data.clips import hold_out, require_channels
 from gkdcli.data.store import Store
 from gkdcli.errors import GkdError
-from gkdcli.files import free_bytes
+from gkdcli.files import free_bytes, human_bytes
 from gkdcli.launch import Launch, launched
 from gkdcli.models.cost import cost
 from gkdcli.models.kinetics import PUBLIC, start_backbone, told
@@ -24,7 +24,7 @@ from gkdcli.models.layers import initialise
 from gkdcli.models.network import build_cvae
 from gkdcli.pipeline.download import fetch, weights_source
 from gkdcli.pipeline.lookup import chosen, newest, open_store, require_same_flow, split_videos
-from gkdcli.pipeline.summary import profiled
+from gkdcli.pipeline.summary import profiled, report
 from gkdcli.report import draw_curves
 from gkdcli.result import Result
 from gkdcli.runs import (
@@ -138,7 +138,8 @@ def train(
         record = _record(place, store, held, teacher_run, began, plan) | {"teacher_cache": known}
         run = group.share(partial(create_run, place, stage, record))
         together = f", {launch.size} processes" if launch.size > 1 else ""
-        console.note(f"run {run.folder}: {began}, {plan['steps']} steps on {device.type}{together}")
+        size = f", about {human_bytes(plan['memory_bytes'])} of memory"
+        console.note(f"run {run.folder}: {began}, {plan['steps']} steps on {device.type}{together}{size}")
         if stage == "pretrain" and settings.recipe == "official" and began == "from scratch":
             file = PUBLIC.get(settings.model.teacher, f"{place.modality}_imagenet.pt")
             console.warn(
@@ -176,7 +177,8 @@ def train(
         if not group.first:
             return Result({})
         draw_curves(run.metrics, run.folder / "curves.png")
-    return _trained(place, stage, run, command)
+        done = report(run, trainer, settings, plan["memory_bytes"])
+    return _trained(place, stage, run, command, done)
 
 
 def _find_teacher(
@@ -372,7 +374,7 @@ def _record(
     }
 
 
-def _trained(place: Place, stage: str, run: Run, resume_command: str) -> Result:
+def _trained(place: Place, stage: str, run: Run, resume_command: str, done: dict[str, Any]) -> Result:
     record, score = run.record, task_of(place.settings).SCORE
     curves = run.folder / "curves.png"
     payload = {
@@ -386,8 +388,16 @@ def _trained(place: Place, stage: str, run: Run, resume_command: str) -> Result:
         f"held_out_{score}": record["progress"][f"best_held_out_{score}"],
         "curves": str(curves) if curves.exists() else None,  # there are none within the first epoch
     }
+    shown = payload  # what the report says too is for pipelines
+    payload = payload | {
+        "report": str(run.folder / "report.json"),
+        "clips_per_sec": done["times"]["clips_per_sec"],
+        "data_wait": done["times"]["data_wait"],
+        "expected_memory_bytes": done["memory"]["expected_bytes"],
+        "peak_memory_bytes": done["memory"]["peak_bytes"],
+    }
     then = place.command("distill") if stage == "pretrain" else place.command("evaluate")
     if record["state"] == "cut":
         cut = "this run was cut short and is never chosen silently"
-        return Result(payload, str(run.folder), next=f"next: `{resume_command}` ({cut})")
-    return Result(payload, str(run.folder), next=f"next: `{then}`")
+        return Result(payload, str(run.folder), next=f"next: `{resume_command}` ({cut})", shown=shown)
+    return Result(payload, str(run.folder), next=f"next: `{then}`", shown=shown)

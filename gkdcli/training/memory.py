@@ -13,6 +13,7 @@ import torch
 from gkdcli.models.cost import Cost
 from gkdcli.settings import Settings
 
+MARGIN = 1.1  # what allocators lose between tensors: seen at full size on the CPU
 KERNELS = 3  # tensors like the largest one that an operation and its gradient hold for a moment
 
 
@@ -41,7 +42,7 @@ def peak_resident_bytes() -> int:
 def expected_bytes(settings: Settings, network: Cost, generators: int, teacher: int, clip_values: int) -> int:
     """What the tensors of a training step come to at most, in float32: weights, optimisers, what is kept.
 
-    Of the two stages the one that takes more counts. What kernels and allocators keep comes on top.
+    Of the two stages the one that takes more counts.
 
     Args:
         settings: the page.
@@ -61,7 +62,7 @@ def expected_bytes(settings: Settings, network: Cost, generators: int, teacher: 
     network_stage = kept + max(moment, 4 * trained - kept)  # gradients come as what is kept goes
     shared = settings.train.schedule == "step"
     generator_stage = 4 * generators + (kept if shared else moment)
-    return steady + max(network_stage, generator_stage)
+    return round(MARGIN * (steady + max(network_stage, generator_stage)))
 
 
 def peak_bytes(device: torch.device) -> int:

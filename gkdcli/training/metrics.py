@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,16 +21,14 @@ def append(path: Path, entry: Mapping[str, Any]) -> None:
         handle.write(json.dumps(entry) + "\n")
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """All lines that are whole; what follows one that a kill cut short is not."""
-    found: list[dict[str, Any]] = []
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+def read(path: Path) -> Iterator[dict[str, Any]]:
+    """The lines of a file that is there, up to one that a kill has cut short."""
+    with open(path, encoding="utf-8", errors="replace") as handle:
+        for line in handle:
             try:
-                found.append(json.loads(line))
+                yield json.loads(line)
             except ValueError:
-                break
-    return found
+                return
 
 
 def truncate(path: Path, step: int, epoch: int) -> None:

@@ -11,11 +11,12 @@ Mixed_5c without gradients. Both are timed in turn, so that a busy moment hits b
 from __future__ import annotations
 
 import argparse
-import resource
+import math
 import statistics
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,9 +25,11 @@ from lightning_fabric import Fabric
 
 from gkdcli.data.batches import ClipBatch
 from gkdcli.data.clips import normalise
+from gkdcli.models.cost import cost
 from gkdcli.models.network import build_cvae
 from gkdcli.resolve import resolve
 from gkdcli.tasks.trained import chosen_device, task_of
+from gkdcli.training.memory import expected_bytes, peak_resident_bytes, resident_bytes
 from gkdcli.training.steps import Networks
 from gkdcli.training.trainer import Trainer
 
@@ -56,11 +59,17 @@ class Iteration:
             }
         )
         chosen_device(page)
+        before = resident_bytes()
         torch.manual_seed(0)
         task, classes = task_of(page), FACTS[preset][0]
         teacher, student = (task.build_network(page, role, classes, "rgb") for role in ("teacher", "student"))
         student.hold_norms("held" if page.task == "detection" else "trained")
         self.teacher = teacher.backbone
+        clip = (3, page.clips.length, page.clips.crop, page.clips.crop)
+        found = cost(partial(task.build_network, page, "student", classes, "rgb"), clip)
+        cvae = sum(parameter.numel() for parameter in build_cvae(student).parameters())
+        theirs = sum(parameter.numel() for parameter in teacher.parameters()) + cvae
+        self.expected = before + expected_bytes(page, found, cvae, theirs, math.prod(clip))
         networks = Networks(student, build_cvae(student), teacher, build_cvae(teacher))
         job = SimpleNamespace(
             networks=networks,
@@ -110,11 +119,6 @@ def seconds(work: object) -> float:
     return time.perf_counter() - began
 
 
-def peak_bytes() -> int:
-    """Of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--preset", choices=FACTS, default="ucf101")
@@ -122,13 +126,17 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--profile", action="store_true", help="print the operations that take longest")
-    parser.add_argument("--memory", action="store_true", help="only the peak of two iterations, in bytes")
+    parser.add_argument(
+        "--memory",
+        action="store_true",
+        help="only the peak of two iterations and what was expected, in bytes",
+    )
     given = parser.parse_args()
     iteration = Iteration(given.preset, given.threads, given.spliced)
     if given.memory:
         for _ in range(2):  # optimiser states are there from the second on
             iteration()
-        print(peak_bytes())
+        print(peak_resident_bytes(), iteration.expected)
         return
     iteration()
     iteration.plain()
@@ -148,13 +156,15 @@ def main() -> None:
     step, plain = statistics.median(steps), statistics.median(plains)
     fresh = [sys.executable, __file__, "--memory", "--threads", str(given.threads), "--preset", given.preset]
     fresh += ["--spliced"] * given.spliced
-    memory = int(subprocess.run(fresh, check=True, capture_output=True, text=True).stdout)
+    done = subprocess.run(fresh, check=True, capture_output=True, text=True)
+    memory, expected = map(int, done.stdout.split())
     published = FACTS[given.preset][3 if given.spliced else 1 :]
     print(f"threads             {given.threads}")
     print(f"iteration           {step:.2f} s ({', '.join(f'{one:.2f}' for one in steps)})")
     print(f"plain I3D forward   {plain:.2f} s ({', '.join(f'{one:.2f}' for one in plains)})")
     print(f"ratio               {step / plain:.2f} (published code: {published[0]})")
     print(f"peak memory         {memory / 1e9:.2f} GB (published code: {published[1]})")
+    print(f"expected memory     {expected / 1e9:.2f} GB, as `gkd distill --dry-run` says it")
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,22 @@ def settle(network: Any, clips: torch.Tensor) -> None:
 def metrics_of(run: Run) -> list[dict[str, Any]]:
     """The lines of metrics.jsonl."""
     return [json.loads(line) for line in run.metrics.read_text(encoding="utf-8").splitlines()]
+
+
+def rows_of(run: Run) -> list[dict[str, str]]:
+    """The rows of metrics.csv."""
+    with open(run.folder / "metrics.csv", encoding="utf-8", newline="") as handle:
+        return list(csv.DictReader(handle))
+
+
+def assert_the_table_is_the_lines(run: Run) -> None:
+    """metrics.csv has what metrics.jsonl has."""
+    for row, line in zip(rows_of(run), metrics_of(run), strict=True):
+        values = {name: value for name, value in (line | line.get("mean", {})).items() if name != "mean"}
+        assert {name: text for name, text in row.items() if text and name != "row"} == {
+            name: str(value) for name, value in values.items()
+        }
+        assert row["row"] == ("epoch" if "mean" in line else "step")
 
 
 def untimed(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,15 @@ from gkdcli.runs import Run
 from gkdcli.tasks import recognition
 from gkdcli.training import metrics
 from gkdcli.training.journal import require_tensorboard
-from tests.training.jobs import TERMS, metrics_of, page, store_of, trainer_of
+from tests.training.jobs import (
+    TERMS,
+    assert_the_table_is_the_lines,
+    metrics_of,
+    page,
+    rows_of,
+    store_of,
+    trainer_of,
+)
 
 
 @pytest.fixture(scope="module")
@@ -35,20 +42,6 @@ def crashing(step: int) -> Any:
         return recognition.supervised_terms(*arguments)
 
     return supervised
-
-
-def rows_of(run: Run) -> list[dict[str, str]]:
-    with open(run.folder / "metrics.csv", encoding="utf-8", newline="") as handle:
-        return list(csv.DictReader(handle))
-
-
-def assert_the_table_is_the_lines(run: Run) -> None:
-    for row, line in zip(rows_of(run), metrics_of(run), strict=True):
-        values = {name: value for name, value in (line | line.get("mean", {})).items() if name != "mean"}
-        assert {name: text for name, text in row.items() if text and name != "row"} == {
-            name: str(value) for name, value in values.items()
-        }
-        assert row["row"] == ("epoch" if "mean" in line else "step")
 
 
 def test_the_table_has_the_lines_though_passes_have_other_terms(tmp_path: Path, store: Store):

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from gkdcli.runs import Run
-from tests.training.jobs import metrics_of, untimed
+from tests.training.jobs import assert_the_table_is_the_lines, metrics_of, untimed
 
 if not Path("/proc/self/environ").exists():
     pytest.skip("finds its processes in /proc", allow_module_level=True)
@@ -153,6 +153,10 @@ def test_sigterm_to_one_process_stops_all_saved_and_resume_ends_in_the_bits_of_a
     (again,) = students(place)
     assert again.state == "complete"
     assert_same(Run(run.folder), again)
+    for one in (run, again):
+        assert_the_table_is_the_lines(one)
+        report = json.loads((one.folder / "report.json").read_text())["training"]
+        assert (report["processes"], report["steps"]) == (2, one.record["progress"]["step"])
 
 
 SCRIPT = """
