@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkdcli.models.layers import LAYOUT, collapse, groups, scaled
+from gkdcli.models.layers import collapse, groups, scaled
 
 AttentionKind = Literal["official", "lite"]
 STEEPNESS = 8.0  # of the lite map's sigmoid
@@ -56,7 +56,6 @@ class Attention(nn.Module):
         self.expand = nn.Conv1d(hidden, channels, 3, padding=1)
         self.expand_norm = nn.GroupNorm(groups(channels), channels)
         self.time = nn.Linear(channels, length)
-        self.to(memory_format=LAYOUT)
         windows, occurs = _distinct_columns(length, channels)
         self.register_buffer("windows", windows.flatten(), persistent=False)
         self.register_buffer("occurs", occurs, persistent=False)  # (C, U)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from gkdcli.models.layers import LAYOUT, collapse, groups, spread
+from gkdcli.models.layers import collapse, groups, spread
 
 
 class Reconstruction(NamedTuple):
@@ -71,7 +71,6 @@ class CVAE(nn.Module):
         channels, _, height, width = tap_shape
         self.encoder = Encoder(channels, height, width)
         self.decoder = Decoder(channels, height, width)
-        self.to(memory_format=LAYOUT)
 
     def forward(self, feature: Tensor, attention: Tensor, noise: Tensor) -> Reconstruction:
         """Encodes, draws z = mean + exp(log_var / 2) * noise, decodes."""

@@ -129,7 +129,7 @@ def train(
     if settings.train.sync_batch_norm:
         networks.student.sync_norms()
     networks.student.hold_norms(norms_of(settings, run.record["began"] if run else began))
-    networks.forward = _forward(settings, device)
+    networks.forward = forward_of(settings, device)
     known = None
     if settings.train.teacher_cache and networks.teacher is not None and teacher_run is not None:
         dataset, known = let_it_teach(networks, dataset, place, teacher_run, run, device, group, console)
@@ -267,7 +267,7 @@ def _device(settings: Settings) -> torch.device:
     return device
 
 
-def _forward(settings: Settings, device: torch.device) -> Forward:
+def forward_of(settings: Settings, device: torch.device) -> Forward:
     """How networks are run.
 
     Raises:

@@ -13,6 +13,7 @@ from gkdcli.models.layers import (
     LAYOUT,
     Unit,
     collapse,
+    convolve,
     groups,
     initialise,
     max_pool,
@@ -90,6 +91,28 @@ def test_max_pool_equals_the_slow_zero_padded_pool(kernel, stride, size):
     assert got[0, 0].numel() == len(positions)
     for position, window in positions:
         assert torch.equal(got[:, :, *position], window.flatten(2).amax(dim=2))
+
+
+@pytest.mark.parametrize(("kernel", "inputs"), [((1, 3, 3), 3), ((3, 3, 3), 70), ((1, 1, 1), 5)])
+def test_the_faster_way_back_of_a_convolution_gives_its_gradients(kernel, inputs):
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, inputs, 4, 9, 7), torch.randn(6, inputs, *kernel)
+    padding = [size // 2 for size in kernel]
+    ours = [value.clone().requires_grad_() for value in (x, weight)]
+    theirs = [value.double().requires_grad_() for value in (x, weight)]
+    got, wanted = (
+        convolve(*ours, (1, 1, 1), padding),
+        F.conv3d(*theirs, None, 1, padding),
+    )
+    assert "_Convolution" in type(got.grad_fn).__name__
+    gradient = torch.randn_like(got)
+    pairs = zip(
+        (got, *torch.autograd.grad(got, ours, gradient)),
+        (wanted, *torch.autograd.grad(wanted, theirs, gradient.double())),
+        strict=True,
+    )
+    for found, expected in pairs:
+        torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, LAYOUT])
