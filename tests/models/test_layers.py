@@ -93,6 +93,18 @@ def test_max_pool_equals_the_slow_zero_padded_pool(kernel, stride, size):
         assert torch.equal(got[:, :, *position], window.flatten(2).amax(dim=2))
 
 
+@pytest.mark.parametrize(("kernel", "stride", "size"), CASES[2:])
+def test_the_faster_pool_sends_gradients_where_pytorchs_does(kernel, stride, size):
+    torch.manual_seed(0)
+    x = torch.relu(torch.randn(2, 5, *size)).round(decimals=1).requires_grad_()  # with equal maxima
+    before = [same_padding(n, k, s)[0] for n, k, s in zip(size, kernel, stride, strict=True)]
+    got, wanted = max_pool(x, kernel, stride), F.max_pool3d(x, kernel, stride, before, ceil_mode=True)
+    assert "_Pool" in type(got.grad_fn).__name__
+    assert torch.equal(got, wanted)
+    gradient = torch.randn_like(got)
+    assert torch.equal(*(torch.autograd.grad(pooled, x, gradient)[0] for pooled in (got, wanted)))
+
+
 @pytest.mark.parametrize(("kernel", "inputs"), [((1, 3, 3), 3), ((3, 3, 3), 70), ((1, 1, 1), 5)])
 def test_the_faster_way_back_of_a_convolution_gives_its_gradients(kernel, inputs):
     torch.manual_seed(0)
