@@ -46,6 +46,10 @@ def _plain_surroundings(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
     monkeypatch.setenv("COLUMNS", "100")
     monkeypatch.setenv("TERM", "dumb")
+    threads, torch = os.environ.get("OMP_NUM_THREADS"), sys.modules.get("torch")
+    if threads and torch:
+        # a run within this process sets them; two, beside another busy process, are tens of times slower
+        torch.set_num_threads(int(threads))
 
 
 @pytest.fixture
