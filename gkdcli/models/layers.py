@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Size3 = tuple[int, int, int]
+BATCH_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)  # the second knows the clips of all processes
 # Channels innermost. On CPU max pools vectorise over them, and full-extent kernels become plain matrices.
 LAYOUT = torch.channels_last_3d
 
@@ -42,6 +48,41 @@ def max_pool(x: Tensor, kernel: Size3, stride: Size3) -> Tensor:
     # Seven times as fast in this layout, which pays for the way there and back unless gradients take it too.
     pooled = F.max_pool3d(x.contiguous(memory_format=LAYOUT), kernel, stride, before, ceil_mode=True)
     return pooled.contiguous() if x.is_contiguous() else pooled
+
+
+@contextlib.contextmanager
+def held_statistics(network: nn.Module) -> Iterator[None]:
+    """Batch norm in training mode goes by the batch but leaves its running statistics alone (METHOD.md 8)."""
+    norms = [part for part in network.modules() if isinstance(part, BATCH_NORMS) and part.track_running_stats]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
+
+
+def recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    """`block(x)` of which backward keeps the input alone and computes the rest again, to the same bits.
+
+    The second time batch norm leaves its statistics as they are: they have seen this batch. Where no gradient
+    is wanted this is a plain call.
+    """
+    if not torch.is_grad_enabled():
+        return call(block, x)
+
+    def contexts() -> tuple[Any, Any]:
+        return contextlib.nullcontext(), held_statistics(block)
+
+    found: Tensor = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+    return found
+
+
+def call(block: nn.Module, x: Tensor) -> Tensor:
+    """`block(x)`."""
+    found: Tensor = block(x)
+    return found
 
 
 class Unit(nn.Module):

@@ -118,6 +118,8 @@ def train(
         networks.student.sync_norms()
     networks.student.hold_norms(norms_of(settings, run.record["began"] if run else began))
     networks.forward = _forward(settings, device)
+    if settings.train.checkpoint_activations:
+        networks.student.recompute()
     resumed = run is not None
     if run is None:
         record = _record(place, store, held, teacher_run, began, plan)
@@ -250,8 +252,16 @@ def _forward(settings: Settings, device: torch.device) -> Forward:
     """How networks are run.
 
     Raises:
-        GkdError: bf16 on the CPU, or nothing can be compiled.
+        GkdError: bf16 or fp16 on the CPU, or nothing can be compiled.
     """
+    if settings.train.precision == "fp16" and device.type == "cpu":
+        # PyTorch 2.14 has autocast and scaler there, and on AVX2 gradients are right, but convolutions take
+        # up to 27 times as long as in float32; where the CPU knows 16-bit numbers, see below
+        raise GkdError(
+            "fp16 trains on GPUs only; on the CPU (nor does bf16 there) it gains nothing",
+            "train.precision = fp16, device cpu",
+            "`--set train.precision=32`, or train on a GPU, where bf16 needs no scaled gradients",
+        )
     if settings.train.precision == "bf16" and device.type == "cpu":
         # seen with PyTorch 2.14 on a CPU with AVX512-BF16: weight gradients of small 3D convolutions hold
         # whatever was in memory, and some kernels write past their buffers
@@ -315,7 +325,8 @@ def _plan(
         "parameters": found.parameters,
         "gmac": found.gmac,
         "cvae_parameters": generators,
-        "checkpoint_bytes": 4 * ((1 + moments) * found.parameters + 3 * generators),
+        "checkpoint_bytes": 4
+        * ((1 + moments + bool(settings.optim.ema)) * found.parameters + 3 * generators),
         "free_bytes": free_bytes(place.root),
         "runs": str(place.runs(stage)),
     }

@@ -1,10 +1,10 @@
 """One distillation iteration against a plain I3D forward, and its memory.
 
-    python tests/bench/bench_step.py [--preset ucf101|thumos14] [--spliced] [--repeats 5] [--profile]
+    python tests/bench/bench_step.py [--preset ucf101|thumos14] [--spliced] [--repeats 5] [--profile] [--recompute]
 
 An iteration is both stages with their own forward pass, as schedule `epoch` has them, by the trainer itself
 with its optimisers: recipe `official`, batch 1, float32, 64x224x224 or for detection 256x96x96, where
-`--spliced` adds a clip with background in an action. The plain forward is the teacher's backbone up to
+`--spliced` adds a clip with background in an action; `--recompute` sets train.checkpoint_activations. The plain forward is the teacher's backbone up to
 Mixed_5c without gradients. Both are timed in turn, so that a busy moment hits both.
 """
 
@@ -47,7 +47,7 @@ class OneClip:
 class Iteration:
     """Everything of `gkd distill <preset>` but the reading of clips."""
 
-    def __init__(self, preset: str, threads: int, spliced: bool) -> None:
+    def __init__(self, preset: str, threads: int, spliced: bool, recompute: bool = False) -> None:
         page = resolve(preset, stage="distill", modality="rgb", root=Path()).settings
         page = page.model_copy(
             update={
@@ -60,6 +60,8 @@ class Iteration:
         task, classes = task_of(page), FACTS[preset][0]
         teacher, student = (task.build_network(page, role, classes, "rgb") for role in ("teacher", "student"))
         student.hold_norms("held" if page.task == "detection" else "trained")
+        if recompute:
+            student.recompute()
         self.teacher = teacher.backbone
         networks = Networks(student, build_cvae(student), teacher, build_cvae(teacher))
         job = SimpleNamespace(
@@ -118,12 +120,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--preset", choices=FACTS, default="ucf101")
     parser.add_argument("--spliced", action="store_true", help="detection: with a spliced clip")
+    parser.add_argument("--recompute", action="store_true", help="keep less for backward")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--profile", action="store_true", help="print the operations that take longest")
     parser.add_argument("--memory", action="store_true", help="only the peak of two iterations, in bytes")
     given = parser.parse_args()
-    iteration = Iteration(given.preset, given.threads, given.spliced)
+    iteration = Iteration(given.preset, given.threads, given.spliced, given.recompute)
     if given.memory:
         for _ in range(2):  # optimiser states are there from the second on
             iteration()
@@ -146,7 +149,7 @@ def main() -> None:
         steps.append(seconds(iteration))
     step, plain = statistics.median(steps), statistics.median(plains)
     fresh = [sys.executable, __file__, "--memory", "--threads", str(given.threads), "--preset", given.preset]
-    fresh += ["--spliced"] * given.spliced
+    fresh += ["--spliced"] * given.spliced + ["--recompute"] * given.recompute
     memory = int(subprocess.run(fresh, check=True, capture_output=True, text=True).stdout)
     published = FACTS[given.preset][3 if given.spliced else 1 :]
     print(f"threads             {given.threads}")

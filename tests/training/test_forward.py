@@ -17,7 +17,7 @@ from torch import Tensor
 from gkdcli.data.clips import ClipDataset, normalise
 from gkdcli.data.store import Store
 from gkdcli.errors import GkdError
-from gkdcli.models.layers import LAYOUT
+from gkdcli.models.layers import LAYOUT, held_statistics
 from gkdcli.models.recognizer import Recognizer
 from gkdcli.runs import Run
 from gkdcli.tasks import recognition
@@ -27,7 +27,6 @@ from gkdcli.training.noise import Noise
 from gkdcli.training.steps import (
     Networks,
     generator_terms,
-    held_statistics,
     network_terms,
     see,
 )

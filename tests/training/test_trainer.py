@@ -305,8 +305,8 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path: Path, store, small,
         def note(module: torch.nn.Module, noted: list = noted) -> None:
             noted.append(torch.cat([parameter.grad.flatten() for parameter in module.parameters()]))
 
-        trainer.generator_optimizer.step = functools.partial(note, played.generators)
-        trainer.optimizer.step = functools.partial(note, played.student)
+        trainer.generator_updates.optimizer.step = functools.partial(note, played.generators)
+        trainer.updates.optimizer.step = functools.partial(note, played.student)
         trainer.fit(None)
         found.append(noted)
     assert len(found[0]) == len(found[1]) == 2 * math.ceil(7 / large)
@@ -408,7 +408,7 @@ def test_rates_of_both_optimisers_follow_the_schedule(tmp_path: Path, store):
     for batch in load(trainer.job.dataset, trainer.schedule.keys(0, 8), 0):
         trainer._train_on(batch)
         rates.append(
-            (trainer.optimizer.param_groups[0]["lr"], trainer.generator_optimizer.param_groups[0]["lr"])
+            tuple(u.optimizer.param_groups[0]["lr"] for u in (trainer.updates, trainer.generator_updates))
         )
     factors = [trainer.schedule.rate(step) for step in range(8)]
     assert rates == [(1e-3 * factor, 5e-3 * factor) for factor in factors]
