@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,33 +49,36 @@ def max_pool(x: Tensor, kernel: Size3, stride: Size3) -> Tensor:
     return pooled.contiguous() if x.is_contiguous() else pooled
 
 
-@contextlib.contextmanager
-def held_statistics(network: nn.Module) -> Iterator[None]:
-    """Batch norm in training mode goes by the batch but leaves its running statistics alone (METHOD.md 8)."""
-    norms = [part for part in network.modules() if isinstance(part, BATCH_NORMS) and part.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
-
-
 def recomputed(block: nn.Module, x: Tensor) -> Tensor:
     """`block(x)` of which backward keeps the input alone and computes the rest again, to the same bits.
 
-    The second time batch norm leaves its statistics as they are: they have seen this batch. Where no gradient
-    is wanted this is a plain call.
+    Where no gradient is wanted this is a plain call.
     """
     if not torch.is_grad_enabled():
         return call(block, x)
-
-    def contexts() -> tuple[Any, Any]:
-        return contextlib.nullcontext(), held_statistics(block)
-
-    found: Tensor = checkpoint(block, x, use_reentrant=False, context_fn=contexts)
+    found: Tensor = checkpoint(
+        block,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _copied_statistics(block)),
+    )
     return found
+
+
+@contextlib.contextmanager
+def _copied_statistics(block: nn.Module) -> Iterator[None]:
+    """Batch norm moves copies of its running statistics: those themselves have seen this batch already."""
+    norms = [module for module in block.modules() if isinstance(module, BATCH_NORMS)]
+    buffers = [(norm, dict(norm.named_buffers(recurse=False))) for norm in norms]
+    for norm, own in buffers:
+        for name, value in own.items():
+            setattr(norm, name, value.clone())
+    try:
+        yield
+    finally:
+        for norm, own in buffers:
+            for name, value in own.items():
+                setattr(norm, name, value)
 
 
 def call(block: nn.Module, x: Tensor) -> Tensor:

@@ -258,7 +258,7 @@ def _forward(settings: Settings, device: torch.device) -> Forward:
         # PyTorch 2.14 has autocast and scaler there, and on AVX2 gradients are right, but convolutions take
         # up to 27 times as long as in float32; where the CPU knows 16-bit numbers, see below
         raise GkdError(
-            "fp16 trains on GPUs only; on the CPU (nor does bf16 there) it gains nothing",
+            "fp16 trains on GPUs only: on the CPU it is slower than float32, and bf16 is no way out there",
             "train.precision = fp16, device cpu",
             "`--set train.precision=32`, or train on a GPU, where bf16 needs no scaled gradients",
         )

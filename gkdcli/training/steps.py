@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from gkdcli.losses import distill as losses
+from gkdcli.models.layers import BATCH_NORMS
 from gkdcli.settings import DistillSettings
 from gkdcli.training.forward import Forward
 from gkdcli.training.noise import Noise
@@ -159,6 +161,19 @@ def see(forward: Forward, network: Any, clips: Tensor) -> Seen:
     """Runs backbone and attention on normalised clips (B, C, T, H, W)."""
     features = forward.features(network, clips)
     return Seen(features, forward(lambda: network.attend(features)))
+
+
+@contextlib.contextmanager
+def held_statistics(network: nn.Module) -> Iterator[None]:
+    """Batch norm in training mode goes by the batch but leaves its running statistics alone (METHOD.md 8)."""
+    norms = [module for module in network.modules() if isinstance(module, BATCH_NORMS)]
+    for norm in norms:
+        norm.track_running_stats = False
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.track_running_stats = True
 
 
 def _latent(attention: Tensor) -> tuple[int, int, int]:

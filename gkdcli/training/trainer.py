@@ -21,7 +21,6 @@ from gkdcli.errors import ExitCode, GkdError, Interrupted
 from gkdcli.files import sweep_temporaries
 from gkdcli.losses.distill import ramp
 from gkdcli.losses.segments import Divisors
-from gkdcli.models.layers import held_statistics
 from gkdcli.runs import Run
 from gkdcli.settings import Settings
 from gkdcli.training import checkpoint, metrics
@@ -35,6 +34,7 @@ from gkdcli.training.steps import (
     Supervised,
     Term,
     generator_terms,
+    held_statistics,
     network_terms,
     see,
     total,

@@ -1,11 +1,13 @@
 """One distillation iteration against a plain I3D forward, and its memory.
 
-    python tests/bench/bench_step.py [--preset ucf101|thumos14] [--spliced] [--repeats 5] [--profile] [--recompute]
+    python tests/bench/bench_step.py [--preset ucf101|thumos14] [--spliced] [--repeats 5] [--profile]
+                                     [--recompute]
 
 An iteration is both stages with their own forward pass, as schedule `epoch` has them, by the trainer itself
 with its optimisers: recipe `official`, batch 1, float32, 64x224x224 or for detection 256x96x96, where
-`--spliced` adds a clip with background in an action; `--recompute` sets train.checkpoint_activations. The plain forward is the teacher's backbone up to
-Mixed_5c without gradients. Both are timed in turn, so that a busy moment hits both.
+`--spliced` adds a clip with background in an action. `--recompute` is train.checkpoint_activations. The plain
+forward is the teacher's backbone up to Mixed_5c without gradients. Both are timed in turn, so that a busy
+moment hits both.
 """
 
 from __future__ import annotations

@@ -17,13 +17,13 @@ from torch import nn
 
 from gkdcli.errors import GkdError
 from gkdcli.launch import Launch, launched
-from gkdcli.models.layers import held_statistics
 from gkdcli.models.recognizer import Recognizer
 from gkdcli.runs import Run
 from gkdcli.settings import OptimSettings
 from gkdcli.training import processes
 from gkdcli.training.processes import Group
 from gkdcli.training.schedule import Schedule
+from gkdcli.training.steps import held_statistics
 from gkdcli.training.stopping import Report, mean_values
 from tests.training import pair
 from tests.training.jobs import metrics_of, store_of, untimed

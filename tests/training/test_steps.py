@@ -13,10 +13,9 @@ from torch import Tensor, nn
 from gkdcli.data.clips import normalise
 from gkdcli.data.loader import ClipBatch, load
 from gkdcli.losses.distill import ramp
-from gkdcli.models.layers import held_statistics
 from gkdcli.tasks import recognition
 from gkdcli.training.noise import Noise
-from gkdcli.training.steps import Networks, generator_terms, network_terms, see, total
+from gkdcli.training.steps import Networks, generator_terms, held_statistics, network_terms, see, total
 from tests.training.jobs import TERMS, changed, copied, networks, page, store_of, trainer_of
 
 SETTINGS = page(distill__generative_weight=0.02, distill__kl_weight=0.3, model__dropout=0.4)
