@@ -68,7 +68,9 @@ class Case(NamedTuple):
     def words(self, root: Path, resume: bool) -> list[str]:
         """The command."""
         sets = (f"train.schedule={self.schedule}", f"train.checkpoint_steps={self.every}", *self.sets)
-        words = ["distill", self.preset, "--root", str(root), "-q", *(["--resume"] if resume else [])]
+        (teacher,) = (root / "runs" / self.preset / "pretrain-attention-rgb").iterdir()
+        words = ["distill", self.preset, "--root", str(root), "--teacher", str(teacher), "-q"]
+        words += ["--resume"] if resume else []
         return words + [word for one in sets for word in ("--set", one)]
 
 

@@ -246,6 +246,7 @@ def test_checkpoints_come_by_steps_and_so_many_are_kept(tmp_path: Path, store):
     # saved after 3, 4 (an epoch's end), 6, 8
     assert there() == ["last.safetensors", "step-000004.safetensors", "step-000006.safetensors"]
     end = load_file(trainer.run.last)
+    trainer.run.last.unlink()  # what was loaded still lies in it
     shutil.copy(folder / "step-000006.safetensors", trainer.run.last)
     (folder / ".last.safetensors.1234.tmp").write_bytes(b"of a killed process")
     again = trainer_of(tmp_path, store, page(train__keep_checkpoints=1), Run(folder))
