@@ -37,17 +37,10 @@ class DataSettings(_Section):
     )
     jpeg_quality: int = _setting(95, "quality of stored JPEG frames", "libjpeg scale", ge=50, le=100)
     short_side: int = _setting(
-        256,
-        "frames are scaled so that the shorter side has this length; 0 keeps their size",
-        "px",
-        ge=0,
-        le=2160,
+        256, "frames are scaled to this length of the shorter side; 0: not", "px", ge=0, le=2160
     )
     size: list[Annotated[int, Field(ge=16, le=2160)]] = _setting(
-        [],
-        "exact [width, height], aspect ratio given up (THUMOS14: 112x112); empty: `short_side` decides",
-        "px",
-        max_length=2,
+        [], "exact [width, height] (THUMOS14: 112x112); empty: `short_side` decides", "px", max_length=2
     )
     fps: float = _setting(0.0, "frames kept per second of video; 0 keeps all", "frames/s", ge=0.0, le=240.0)
     flow: FlowMethod = _setting(
@@ -56,18 +49,10 @@ class DataSettings(_Section):
         " faster DIS or Farneback, or RAFT with weights of yours",
     )
     flow_bound: float = _setting(
-        20.0,
-        "flow is cut at this speed and stored in 8 bit: -bound is 0, bound 255",
-        "px/frame",
-        gt=0.0,
-        le=256.0,
+        20.0, "flow is cut here and stored in 8 bit: -bound is 0, bound 255", "px/frame", gt=0.0, le=256.0
     )
     flow_batch: int = _setting(
-        16,
-        "pairs of frames that tvl1-torch and raft take at once; on a GPU more is faster",
-        "pairs",
-        ge=1,
-        le=1024,
+        16, "what tvl1-torch and raft take at once; on a GPU more is faster", "pairs", ge=1, le=1024
     )
     flow_weights: str = _setting(
         "",
@@ -76,29 +61,16 @@ class DataSettings(_Section):
     )
     workers: int = _setting(0, "processes of `gkd prepare`; 0: one per core", "processes", ge=0, le=256)
     gpu_share: float = _setting(
-        0.0,
-        "what a flow task of `--executor ray` takes of a GPU, so that 0.25 puts four on each; 0: none",
-        "fraction",
-        ge=0.0,
-        le=1.0,
+        0.0, "of a GPU, for a flow task of `--executor ray`: 0.25: four on each", "fraction", ge=0.0, le=1.0
     )
     timeout: float = _setting(
-        600.0,
-        "a video of which no frame came for so long is given up and rejected, however long it is as a whole;"
-        " 0 waits for ever",
-        "s",
-        ge=0.0,
-        le=86400.0,
+        600.0, "a video is rejected when no frame came for so long; 0 waits for ever", "s", ge=0.0, le=86400.0
     )
     test_fraction: float = _setting(
         0.2, "share of each class tested where a folder names no split", "fraction", gt=0.0, lt=1.0
     )
     holdout: float = _setting(
-        0.1,
-        "share of the training videos held out to choose `best`; 0 trains on all and uses `last`",
-        "fraction",
-        ge=0.0,
-        lt=1.0,
+        0.1, "training videos held out to choose `best`; 0: none, `last` is used", "fraction", ge=0.0, lt=1.0
     )
     draw_train: int = _setting(60, "drawn training videos per class", "videos", ge=2, le=10000)
     draw_test: int = _setting(20, "drawn test videos per class", "videos", ge=1, le=10000)
@@ -165,19 +137,14 @@ class ModelSettings(_Section):
     )
     width: float = _setting(
         1.0,
-        "multiplies every channel count, for small machines; of r3d_18, mc3_18, r2plus1d_18 and s3d the tap's"
-        " and the head's alone",
+        "of all channel counts; of torchvision's networks the tap's and head's",
         "factor",
         ge=0.0625,
         le=2.0,
     )
     dropout: float = _setting(0.5, "dropout before the classifier", "probability", ge=0.0, lt=1.0)
     bn_momentum: float = _setting(
-        0.01,
-        "share of each batch in batch norm's running statistics; the published 0.01 lags in short runs",
-        "fraction",
-        gt=0.0,
-        le=1.0,
+        0.01, "of a batch in batch norm's statistics; 0.01 lags in short runs", "fraction", gt=0.0, le=1.0
     )
 
 
@@ -190,8 +157,8 @@ class OptimSettings(_Section):
     weight_decay: float = _setting(
         5e-4, "weight decay of backbone, attention and head; coupled, the plain kind", ge=0.0, le=1.0
     )
-    schedule: Literal["constant", "cosine"] = _setting(
-        "constant", "learning rate over the run, both optimisers"
+    schedule: Literal["constant", "cosine", "step"] = _setting(
+        "constant", "learning rate over the run, both optimisers; step: falls at `step_epochs`"
     )
     warmup_epochs: float = _setting(0.0, "linear rise at the start", "epochs", ge=0.0, le=1000.0)
     batch_size: int = _setting(
@@ -206,6 +173,25 @@ class OptimSettings(_Section):
     epochs: int = _setting(200, "passes over the training videos", "epochs", ge=1, le=100000)
     generator_lr: float = _setting(1e-4, "learning rate of the CVAE (Adam)", gt=0.0, le=10.0)
     generator_betas: tuple[Fraction, Fraction] = _setting((0.8, 0.999), "betas of the CVAE's Adam")
+    step_epochs: list[Annotated[float, Field(gt=0.0)]] = _setting(
+        [], "schedule step: the rates fall after so many epochs, each time", "epochs"
+    )
+    step_factor: float = _setting(0.1, "schedule step: what they are multiplied with", gt=0.0, lt=1.0)
+    ema: float = _setting(
+        0.0,
+        "scored and exported is a mean of the weights that keeps this share of itself at each step; 0: none",
+        ge=0.0,
+        lt=1.0,
+    )
+    label_smoothing: float = _setting(
+        0.0, "share of a clip's class, or of a matched prior's, spread over all", "fraction", ge=0.0, lt=1.0
+    )
+
+    @model_validator(mode="after")
+    def _steps_are_named(self) -> OptimSettings:
+        if self.schedule == "step" and not self.step_epochs:
+            raise ValueError("optim.schedule is step, but optim.step_epochs is empty", "for example [30, 45]")
+        return self
 
 
 class DistillSettings(_Section):
@@ -232,7 +218,7 @@ class DistillSettings(_Section):
     contrast_weight: float = _setting(0.1, "detection: weight of the boundary contrast", ge=0.0)
     refine_iou: float = _setting(
         0.5,
-        "detection: a matched prior whose coarse segment overlaps its action this much is refined",
+        "detection: coarse segments that overlap their action so much are refined",
         "tIoU",
         ge=0.0,
         le=1.0,
@@ -264,15 +250,11 @@ class TrainSettings(_Section):
         0, "processes that load clips; 0: the training process itself", "processes", ge=0, le=256
     )
     threads: int = _setting(
-        0,
-        "of the CPU within an operation; 0: PyTorch's choice; on a busy machine threads that wait cost much",
-        "threads",
-        ge=0,
-        le=1024,
+        0, "of an operation; 0: PyTorch's choice; dear where cores are busy", "threads", ge=0, le=1024
     )
-    precision: Annotated[Literal["32", "bf16"], BeforeValidator(_number_as_text)] = _setting(
+    precision: Annotated[Literal["32", "bf16", "fp16"], BeforeValidator(_number_as_text)] = _setting(
         "32",
-        "of forward passes in training, bf16 on GPUs only; losses, heads and evaluation stay in float32",
+        "of forward passes in training, bf16 and fp16 on GPUs only; losses, heads, evaluation are in float32",
     )
     compile: bool = _setting(False, "backbones go through torch.compile in training; needs a C++ compiler")
     channels_last: Literal["auto", "on", "off"] = _setting(
@@ -291,6 +273,22 @@ class TrainSettings(_Section):
         "distill: views of each clip that the teacher is shown, once and for all; 0: a new one in every step",
         "views", ge=0, le=9999,
     )  # fmt: skip
+    checkpoint_steps: int = _setting(0, "likewise, after so many batches; 0: not", "steps", ge=0, le=10**9)
+    keep_checkpoints: int = _setting(
+        1, "the newest is `last`; those before it stay as step-N", "files", ge=1, le=10000
+    )
+    checkpoint_activations: bool = _setting(
+        False, "backward computes the backbone's blocks again and keeps less: less memory, more time"
+    )
+
+    @model_validator(mode="after")
+    def _one_way_to_keep_less(self) -> TrainSettings:
+        if self.compile and self.checkpoint_activations:
+            raise ValueError(
+                "train.compile and train.checkpoint_activations exclude each other",
+                "the compiler chooses by itself what backward computes again",
+            )
+        return self
 
 
 class EvalSettings(_Section):
@@ -325,11 +323,7 @@ class ExportSettings(_Section):
 
     opset: int = _setting(20, "ONNX operator set", ge=18, le=25)
     tolerance: float = _setting(
-        1e-4,
-        "largest accepted difference between exported and live logits, relative to their size",
-        "fraction",
-        gt=0.0,
-        le=0.1,
+        1e-4, "largest accepted relative difference of exported and live logits", "fraction", gt=0.0, le=0.1
     )
 
 

@@ -24,6 +24,7 @@ from safetensors import safe_open
 
 from gkdcli.data import jobs, torch_flow
 from gkdcli.data.sources import Source
+from gkdcli.models import layers
 from gkdcli.resolve import setting_names
 from gkdcli.settings import DataSettings
 from tests.conftest import Outcome, borrow
@@ -258,6 +259,28 @@ def checkpoints(house: House, sets: list[str]) -> int:
     return written.count("last.safetensors")
 
 
+def kept_checkpoints(house: House, sets: list[str]) -> list[str]:
+    """Names of the checkpoints in the run's folder."""
+    root = house.root()
+    house.train(sets, root).must()
+    return sorted(path.name for path in root.glob(f"runs/{house.preset}/distill-rgb/*/*.safetensors"))
+
+
+def recomputed_blocks(house: House, sets: list[str]) -> int:
+    """How often a block is told to keep its input alone."""
+    asked = []
+    checkpoint = layers.checkpoint
+
+    def watched(*words: Any, **options: Any) -> Any:
+        asked.append(words[0])
+        return checkpoint(*words, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "checkpoint", watched)
+        house.train(sets, house.root()).must()
+    return len(asked)
+
+
 def where_it_runs(house: House, sets: list[str]) -> tuple[int, bool]:
     """Without CUDA it is refused, with CUDA said; bf16 is refused on the CPU."""
     outcome = house.train(sets, house.root())
@@ -418,6 +441,10 @@ ROWS = [
     Row("optim.epochs", "3", plan_of("distill", "steps")),
     Row("optim.generator_lr", "1e-4", weights),
     Row("optim.generator_betas", "[0.1, 0.5]", weights, NO_WARMUP),
+    Row("optim.step_epochs", "[0.2]", weights, (*NO_WARMUP, "optim.schedule=step", "optim.step_epochs=[1]")),
+    Row("optim.step_factor", "0.5", weights, (*NO_WARMUP, "optim.schedule=step", "optim.step_epochs=[0.2]")),
+    Row("optim.ema", "0.5", weights),
+    Row("optim.label_smoothing", "0.2", weights),
     Row("distill.method", "none", plan_of("distill", "cvae_parameters")),
     Row("distill.beta", "10", weights),
     Row("distill.generative_weight", "10", weights),
@@ -442,6 +469,9 @@ ROWS = [
     Row("train.checkpoint_minutes", "1e-9", checkpoints),
     Row("train.tensorboard", "true", event_files),
     Row("train.teacher_cache", "2", plan_of("distill", "teacher_cache_bytes")),
+    Row("train.checkpoint_steps", "1", checkpoints),
+    Row("train.keep_checkpoints", "3", kept_checkpoints, ("train.checkpoint_steps=1",)),
+    Row("train.checkpoint_activations", "true", recomputed_blocks),
     Row("eval.batch_size", "5", batches_of_evaluation),
     Row("eval.fusion_weights", "[1, 0]", fused_scores),
     detecting_row("eval.stride", "32", detections),

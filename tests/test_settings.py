@@ -69,6 +69,16 @@ def test_infinities_and_nan_are_refused(name: str, value: float) -> None:
             "optim.batch_size is 2; recipe official sums over the batch in detection and needs 1",
             "optim.accumulation makes larger steps",
         ),
+        (
+            {"optim": {"schedule": "step"}},
+            "optim.schedule is step, but optim.step_epochs is empty",
+            "for example [30, 45]",
+        ),
+        (
+            {"train": {"compile": True, "checkpoint_activations": True}},
+            "train.compile and train.checkpoint_activations exclude each other",
+            "the compiler chooses by itself what backward computes again",
+        ),
     ],
 )
 def test_rules_over_several_settings(page: dict[str, Any], what: str, hint: str) -> None:

@@ -83,7 +83,9 @@ def ramp(epoch: float, epochs: int) -> float:
     return min(epoch, epochs) / epochs
 
 
-def classification_loss(logits: Tensor, labels: Tensor, recipe: Literal["official", "corrected"]) -> Tensor:
+def classification_loss(
+    logits: Tensor, labels: Tensor, recipe: Literal["official", "corrected"], smoothing: float = 0.0
+) -> Tensor:
     """Cross-entropy of recognition (METHOD.md 4 and 8 (6)).
 
     `corrected`: of the time-averaged logits. `official`: of the class probabilities summed over time, that
@@ -93,7 +95,7 @@ def classification_loss(logits: Tensor, labels: Tensor, recipe: Literal["officia
         logits: (B, classes, T).
         labels: (B,), integers from 0.
         recipe: one of the two.
+        smoothing: share of the label that is spread over all classes, its own included.
     """
-    if recipe == "official":
-        return F.cross_entropy(torch.softmax(logits, dim=1).sum(dim=2), labels)
-    return F.cross_entropy(logits.mean(dim=2), labels)
+    scores = torch.softmax(logits, dim=1).sum(dim=2) if recipe == "official" else logits.mean(dim=2)
+    return F.cross_entropy(scores, labels, label_smoothing=smoothing)

@@ -85,6 +85,7 @@ def segment_losses(
     refine_iou: float,
     recipe: Recipe,
     divisors: Divisors = at_least_one,
+    smoothing: float = 0.0,
 ) -> SegmentLosses:
     """All losses of the head, foreground (METHOD.md 5).
 
@@ -107,6 +108,7 @@ def segment_losses(
         divisors: makes of the counts [N, PN] of this call what the sums are divided by. Where several
             processes share a batch: the counts' sum over all, at least 1, divided by the number of
             processes, since gradients are averaged over them.
+        smoothing: of the class of matched priors, see `focal_loss`.
     """
     matched = match(targets, priors, frames)
     positive = matched.labels > 0  # (B, P)
@@ -128,9 +130,9 @@ def segment_losses(
     count, refined_count = divisors(torch.stack([positive.sum(), refined.sum()])).unbind()
     return SegmentLosses(
         location=_over(generalised_iou_loss(coarse, matched.distances), positive) / count,
-        classification=focal_loss(outputs.conf, matched.labels).sum() / count,
+        classification=focal_loss(outputs.conf, matched.labels, smoothing).sum() / count,
         refined_location=apart.sum() / refined_count,
-        refined_classification=focal_loss(outputs.prop_conf, refined_labels).sum() / refined_count,
+        refined_classification=focal_loss(outputs.prop_conf, refined_labels, smoothing).sum() / refined_count,
         quality=_over(quality, positive) / count,
     )
 
@@ -192,7 +194,7 @@ def generalised_iou_loss(distances: Tensor, wanted: Tensor) -> Tensor:
     return 1 - common / union + (hull - union) / hull
 
 
-def focal_loss(logits: Tensor, labels: Tensor) -> Tensor:
+def focal_loss(logits: Tensor, labels: Tensor, smoothing: float = 0.0) -> Tensor:
     """-w (1 - p)^2 log p with p = softmax(logits)[label] + 1e-6, per prior: (B, P).
 
     w is 0.25 for background and 0.75 for every other class, whatever the number of classes (METHOD.md 5;
@@ -201,10 +203,19 @@ def focal_loss(logits: Tensor, labels: Tensor) -> Tensor:
     Args:
         logits: (B, P, classes + 1).
         labels: (B, P), long.
+        smoothing: share of an action's label that is spread over all classes, background and its own
+            included: the mean of their (1 - p)^2 log p takes this share. Priors of background stay as they
+            are: smoothed, each of these many would give every action a score.
     """
-    scores = torch.softmax(logits, dim=-1).gather(-1, labels.unsqueeze(-1)).squeeze(-1) + 1e-6
+    everywhere = torch.softmax(logits, dim=-1)
+    scores = everywhere.gather(-1, labels.unsqueeze(-1)).squeeze(-1) + 1e-6
     weights = torch.where(labels > 0, ACTION_WEIGHT, BACKGROUND_WEIGHT)
-    return -weights * (1 - scores).square() * scores.log()
+    focal = (1 - scores).square() * scores.log()
+    if smoothing:
+        others = everywhere + 1e-6
+        spread = ((1 - others).square() * others.log()).mean(dim=-1)
+        focal = torch.where(labels > 0, torch.lerp(focal, spread, smoothing), focal)
+    return -weights * focal
 
 
 def _measures(distances: Tensor, wanted: Tensor) -> tuple[Tensor, Tensor, Tensor]:

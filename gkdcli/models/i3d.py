@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from gkdcli.models.layers import LAYOUT, Size3, Unit, max_pool, scaled
+from gkdcli.models.layers import LAYOUT, Size3, Unit, call, max_pool, scaled
 
 KINDS = ("i3d", "top-i3d", "bottom-i3d", "i2d")
 
@@ -150,6 +150,7 @@ class I3D(nn.Module):
                     continue
             self.add_module(name, block)
         self.layout = layout or layout_of("auto", width)
+        self.run = call  # how a block is run
         self.to(memory_format=self.layout)
 
     def endpoints(self, clip: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -157,7 +158,7 @@ class I3D(nn.Module):
         x = clip.contiguous(memory_format=self.layout)
         for name in ENDPOINTS:
             pool = POOLS.get(name)
-            x = max_pool(x, *pool) if pool else self.get_submodule(name)(x)
+            x = max_pool(x, *pool) if pool else self.run(self.get_submodule(name), x)
             yield name, x
 
     def forward(self, clip: Tensor) -> dict[str, Tensor]:

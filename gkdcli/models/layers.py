@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 Size3 = tuple[int, int, int]
+BATCH_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)  # the second knows the clips of all processes
 # Channels innermost: on CPU max pools vectorise over them.
 LAYOUT = torch.channels_last_3d
 _ONEDNN: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
@@ -120,6 +124,44 @@ class _Convolution(torch.autograd.Function):
 def _onednn(x: Tensor, weight: Tensor, padding: list[int]) -> Tensor:
     one = [1, 1, 1]
     found: Tensor = torch.ops.aten.mkldnn_convolution(x, weight, None, padding, one, one, 1)
+    return found
+
+
+def recomputed(block: nn.Module, x: Tensor) -> Tensor:
+    """`block(x)` of which backward keeps the input alone and computes the rest again, to the same bits.
+
+    Where no gradient is wanted this is a plain call.
+    """
+    if not torch.is_grad_enabled():
+        return call(block, x)
+    found: Tensor = checkpoint(
+        block,
+        x,
+        use_reentrant=False,
+        context_fn=lambda: (contextlib.nullcontext(), _copied_statistics(block)),
+    )
+    return found
+
+
+@contextlib.contextmanager
+def _copied_statistics(block: nn.Module) -> Iterator[None]:
+    """Batch norm moves copies of its running statistics: those themselves have seen this batch already."""
+    norms = [module for module in block.modules() if isinstance(module, BATCH_NORMS)]
+    buffers = [(norm, dict(norm.named_buffers(recurse=False))) for norm in norms]
+    for norm, own in buffers:
+        for name, value in own.items():
+            setattr(norm, name, value.clone())
+    try:
+        yield
+    finally:
+        for norm, own in buffers:
+            for name, value in own.items():
+                setattr(norm, name, value)
+
+
+def call(block: nn.Module, x: Tensor) -> Tensor:
+    """`block(x)`."""
+    found: Tensor = block(x)
     return found
 
 

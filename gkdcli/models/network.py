@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from gkdcli.models.attention import AttentionKind, build_attention
 from gkdcli.models.cvae import CVAE
 from gkdcli.models.i3d import I3D, layout_of, tap_shape
+from gkdcli.models.layers import BATCH_NORMS, recomputed
 from gkdcli.models.video_backbones import TRUNKS, VideoBackbone
 
 # of the backbone's batch norms: all is trained; statistics stay; gains and biases stay too (METHOD.md 8 (7))
 Norms = Literal["trained", "held", "frozen"]
-BATCH_NORMS = (nn.BatchNorm3d, nn.SyncBatchNorm)  # the second knows the clips of all processes
 
 
 class Network(nn.Module):
@@ -81,6 +81,10 @@ class Network(nn.Module):
         for module in self._batch_norms():
             module.requires_grad_(norms != "frozen")
         self.train(self.training)
+
+    def recompute(self) -> None:
+        """Has training keep less of the backbone's blocks and compute them again, see `recomputed`."""
+        self.backbone.run = recomputed
 
     def sync_norms(self) -> None:
         """Has the backbone's batch norms go by the clips of all processes; weights keep their names."""

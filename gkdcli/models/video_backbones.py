@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchvision.models import video
 
-from gkdcli.models.layers import Size3, Unit
+from gkdcli.models.layers import Size3, Unit, call
 
 # kind -> children of torchvision's network that make up the trunk, and the channels it ends with
 TRUNKS = {
@@ -83,6 +83,7 @@ class VideoBackbone(nn.Module):
         self.size: Size3 = tap_shape[1:]
         self.to_tap = Unit(ends_with, tap_shape[0]) if ends_with != tap_shape[0] else nn.Identity()
         self.layout = layout
+        self.run = call  # how a block is run
         self.to(memory_format=layout)
 
     def first_convolution(self) -> str:
@@ -101,5 +102,8 @@ class VideoBackbone(nn.Module):
         """(B, channels, T, H, W) -> {"Mixed_5c": (B, C, T', H', W')}."""
         x = clip.contiguous(memory_format=self.layout)
         for name in self.children_of_trunk:
-            x = self.get_submodule(name)(x)
+            part = self.get_submodule(name)
+            blocks: Any = [part] if name == "stem" else part  # its last layer works in place
+            for block in blocks:
+                x = self.run(block, x)
         return {"Mixed_5c": self.to_tap(pool_to(x, self.size))}

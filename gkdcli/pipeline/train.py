@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,19 +11,18 @@ from typing import Any
 import torch
 
 from gkdcli.console import Console
-from gkdcli.data.batches import Clips
 from gkdcli.data.clips import hold_out, require_channels
 from gkdcli.data.store import Store
 from gkdcli.errors import GkdError
-from gkdcli.files import free_bytes, human_bytes
-from gkdcli.launch import Launch, launched
-from gkdcli.models.cost import cost
+from gkdcli.files import human_bytes
+from gkdcli.launch import launched
 from gkdcli.models.kinetics import PUBLIC, start_backbone, told
 from gkdcli.models.layers import initialise
 from gkdcli.models.network import build_cvae
 from gkdcli.pipeline.download import fetch, weights_source
 from gkdcli.pipeline.lookup import chosen, newest, open_store, require_same_flow, split_videos
 from gkdcli.pipeline.summary import profiled, report
+from gkdcli.pipeline.training_plan import plan_of, record_of
 from gkdcli.report import draw_curves
 from gkdcli.result import Result
 from gkdcli.runs import (
@@ -34,7 +32,6 @@ from gkdcli.runs import (
     create_run,
     newest_unfinished,
     open_run,
-    relative_to_run,
     resumed_settings,
 )
 from gkdcli.settings import CHANNELS, Settings
@@ -52,11 +49,8 @@ from gkdcli.tasks.trained import (
 )
 from gkdcli.training.forward import Forward
 from gkdcli.training.journal import require_tensorboard
-from gkdcli.training.memory import expected_bytes, resident_bytes
 from gkdcli.training.processes import Group, begun_run, require_processes
-from gkdcli.training.schedule import schedule_of
 from gkdcli.training.steps import Networks
-from gkdcli.training.teacher_cache import bytes_per_view, views_of
 from gkdcli.training.teacher_views import let_it_teach
 from gkdcli.training.trainer import Job, Trainer
 
@@ -119,7 +113,7 @@ def train(
         teacher_run = _find_teacher(place, console, stage, store, teacher, dry_run)
     task = task_of(settings)
     dataset = task.training_set(store, videos, settings)
-    plan = _plan(place, stage, store, videos, held, dataset, max_steps, teacher_run, launch)
+    plan = plan_of(place, stage, store, videos, held, dataset, max_steps, teacher_run, launch)
     if dry_run:
         return Result(plan)
     if url and first_weights:
@@ -130,12 +124,14 @@ def train(
         networks.student.sync_norms()
     networks.student.hold_norms(norms_of(settings, run.record["began"] if run else began))
     networks.forward = forward_of(settings, device)
+    if settings.train.checkpoint_activations:
+        networks.student.recompute()
     known = None
     if settings.train.teacher_cache and networks.teacher is not None and teacher_run is not None:
         dataset, known = let_it_teach(networks, dataset, place, teacher_run, run, device, group, console)
     resumed = run is not None
     if run is None and not profile:
-        record = _record(place, store, held, teacher_run, began, plan) | {"teacher_cache": known}
+        record = record_of(place, store, held, teacher_run, began, plan) | {"teacher_cache": known}
         run = group.share(partial(create_run, place, stage, record))
         together = f", {launch.size} processes" if launch.size > 1 else ""
         size = f", about {human_bytes(plan['memory_bytes'])} of memory"
@@ -271,8 +267,16 @@ def forward_of(settings: Settings, device: torch.device) -> Forward:
     """How networks are run.
 
     Raises:
-        GkdError: bf16 on the CPU, or nothing can be compiled.
+        GkdError: bf16 or fp16 on the CPU, or nothing can be compiled.
     """
+    if settings.train.precision == "fp16" and device.type == "cpu":
+        # PyTorch 2.14 has autocast and scaler there, and on AVX2 gradients are right, but convolutions take
+        # up to 27 times as long as in float32; where the CPU knows 16-bit numbers, see below
+        raise GkdError(
+            "fp16 trains on GPUs only: on the CPU it is slower than float32, and bf16 is no way out there",
+            "train.precision = fp16, device cpu",
+            "`--set train.precision=32`, or train on a GPU, where bf16 needs no scaled gradients",
+        )
     if settings.train.precision == "bf16" and device.type == "cpu":
         # seen with PyTorch 2.14 on a CPU with AVX512-BF16: weight gradients of small 3D convolutions hold
         # whatever was in memory, and some kernels write past their buffers
@@ -282,96 +286,6 @@ def forward_of(settings: Settings, device: torch.device) -> Forward:
             "`--set train.precision=32`, or train on a GPU",
         )
     return Forward(settings.train.precision, settings.train.compile, device)
-
-
-def _plan(
-    place: Place,
-    stage: str,
-    store: Store,
-    videos: list[int],
-    held: list[int],
-    dataset: Clips,
-    max_steps: int | None,
-    teacher_run: Run | None,
-    launch: Launch,
-) -> dict[str, Any]:
-    """What would be done; networks are counted on the meta device, without memory."""
-    settings, classes = place.settings, len(store.classes)
-    plain = stage == "distill" and settings.distill.method == "none"
-    clip = (CHANNELS[place.modality], settings.clips.length, settings.clips.crop, settings.clips.crop)
-    build_network = task_of(settings).build_network
-    build = partial(build_network, settings, ROLE[stage], classes, place.modality, not plain)
-    found = cost(build, clip)
-    with torch.device("meta"):
-        network = build()
-        generators = 0 if plain else sum(part.numel() for part in build_cvae(network).parameters())
-    views = 0 if plain or stage != "distill" else views_of(settings)
-    cache_bytes = views * len(dataset) * bytes_per_view(network.shapes, settings)
-    moments = 1 if settings.optim.algorithm == "sgd" else 2
-    order = schedule_of(settings, len(dataset), not plain, launch.size)
-    if not order.batches:
-        raise GkdError(
-            f"there are {len(dataset)} training clips, fewer than a batch of all processes,"
-            f" {settings.optim.batch_size} x {launch.size}",
-            str(store.path),
-            "`--batch-size` makes it smaller, or fewer processes",
-        )
-    # of a GPU its tensors alone; of the CPU all that the process holds
-    memory = resident_bytes() if settings.train.device == "cpu" or not torch.cuda.is_available() else 0
-    distilled = teacher_run is not None and not plain
-    theirs = teacher_run.record["parameters"] + generators if teacher_run and distilled else 0
-    memory += expected_bytes(settings, found, generators, theirs, math.prod(clip))
-    return {
-        "stage": STAGE_FOLDER[stage],
-        "preset": settings.name,
-        "modality": place.modality,
-        "split": place.split,
-        "recipe": settings.recipe,
-        "schedule": settings.train.schedule,
-        "init": settings.train.init,
-        "teacher": str(teacher_run.folder) if teacher_run else None,
-        "attention": None if plain else settings.model.attention,
-        "classes": classes,
-        "training_videos": len(videos),
-        "training_clips": len(dataset),
-        "held_out_videos": len(held),
-        "epochs": settings.optim.epochs,
-        "steps": order.last_step(max_steps),
-        "batch_size": settings.optim.batch_size,
-        "processes": launch.size,
-        "global_batch_size": order.batch_size,
-        "clip": "x".join(map(str, clip)),
-        "parameters": found.parameters,
-        "gmac": found.gmac,
-        "cvae_parameters": generators,
-        "memory_bytes": memory,
-        "teacher_cache_bytes": cache_bytes,
-        "checkpoint_bytes": 4 * ((1 + moments) * found.parameters + 3 * generators),
-        "free_bytes": free_bytes(place.root),
-        "runs": str(place.runs(stage)),
-    }
-
-
-def _record(
-    place: Place, store: Store, held: list[int], teacher_run: Run | None, began: str, plan: dict[str, Any]
-) -> dict[str, Any]:
-    folder = place.runs("distill") / "x"  # all runs lie equally deep
-    parents = {"teacher": relative_to_run(folder, teacher_run.folder)} if teacher_run else {}
-    chosen = "best" if held else "last"
-    return {
-        "classes": store.classes,
-        "parents": parents,
-        "began": began,
-        "parameters": plan["parameters"],
-        "gmac": plan["gmac"],
-        "store": {"path": relative_to_run(folder, place.store), "fingerprint": store.fingerprint},
-        "versions": {"torch": torch.__version__},
-        "protocol": {
-            "weights": chosen,
-            "held_out_videos": len(held),
-            "chosen_on": "held-out training videos" if held else "nothing: the last epoch",
-        },
-    }
 
 
 def _trained(place: Place, stage: str, run: Run, resume_command: str, done: dict[str, Any]) -> Result:

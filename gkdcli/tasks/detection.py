@@ -114,7 +114,8 @@ def supervised_terms(
     truth = Targets(targets["segments"], targets["labels"], targets["valid"])
     frames, centres = network.head.frames, network.head.priors
     outputs = HeadOutputs(*found)
-    losses = segment_losses(outputs, truth, centres, frames, weights.refine_iou, recipe, divisors)
+    smoothing = settings.optim.label_smoothing
+    losses = segment_losses(outputs, truth, centres, frames, weights.refine_iou, recipe, divisors, smoothing)
     starts, ends = _boundary_losses(boundaries, targets["maps"])
     terms = {
         "location": Term(weights.location_weight, losses.location),

@@ -69,7 +69,8 @@ def supervised_terms(
         over: Literal["batch", "sample"] = "batch" if settings.recipe == "official" else "sample"
         feature = attend(feature, seen.maps["Mixed_5c"], over)
     keep = noise.keep(network.dropout_shape(len(labels)), network.dropout)
-    loss = classification_loss(network.logits(feature, keep), labels, settings.recipe)
+    logits = network.logits(feature, keep)
+    loss = classification_loss(logits, labels, settings.recipe, settings.optim.label_smoothing)
     return Supervised({"classification": Term(1.0, loss)})
 
 

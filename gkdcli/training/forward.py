@@ -1,4 +1,4 @@
-"""How networks are run in training: in float32 or bf16, as they stand or compiled; losses are in float32."""
+"""How networks are run in training: in float32, bf16 or fp16, plain or compiled; losses are in float32."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from gkdcli.errors import GkdError
 
+LOWER = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 class Forward:
     """Runs forward passes of training; evaluation and export do without.
@@ -18,7 +20,8 @@ class Forward:
     run went on.
 
     Args:
-        precision: `bf16` takes what gains by it in bfloat16 (autocast); outputs come back in float32.
+        precision: `bf16` or `fp16` takes what gains by it in this one (autocast); outputs come back in
+            float32. Gradients of fp16 need `updates.Updates` with a scaler.
         compiled: whether backbones go through `torch.compile`.
         device: where networks are.
 
@@ -28,11 +31,12 @@ class Forward:
 
     def __init__(
         self,
-        precision: Literal["32", "bf16"] = "32",
+        precision: Literal["32", "bf16", "fp16"] = "32",
         compiled: bool = False,
         device: torch.device | None = None,
     ) -> None:
-        self.autocast = precision == "bf16"
+        self.lower = LOWER.get(precision)
+        self.autocast = self.lower is not None
         self.device = device or torch.device("cpu")
         self.compiled = compiled
         self._graphs: dict[int, Callable[[Tensor], dict[str, Tensor]]] = {}
@@ -43,7 +47,7 @@ class Forward:
         """The outputs of a module, or of a method of one, in the precision of the weights."""
         if not self.autocast:
             return function(*inputs)
-        with torch.autocast(self.device.type, torch.bfloat16):
+        with torch.autocast(self.device.type, self.lower):
             return _widened(function(*inputs))
 
     def features(self, network: Any, clips: Tensor) -> dict[str, Tensor]:
@@ -59,9 +63,9 @@ class Forward:
 
 
 def _widened(output: Any) -> Any:
-    """bf16 tensors as float32, in dictionaries and named tuples too."""
+    """bf16 and fp16 tensors as float32, in dictionaries and named tuples too."""
     if isinstance(output, Tensor):
-        return output.float() if output.dtype == torch.bfloat16 else output
+        return output.float() if output.dtype in LOWER.values() else output
     if isinstance(output, dict):
         return {name: _widened(value) for name, value in output.items()}
     return type(output)(*map(_widened, output))

@@ -72,9 +72,16 @@ class Journal:
             self._waited = time.perf_counter() - self._began
 
     def step(
-        self, position: Position, epoch: int, part: str, rate: float, values: Values, clips: int
+        self,
+        position: Position,
+        epoch: int,
+        part: str,
+        rate: float,
+        values: Values,
+        clips: int,
+        also: Values,
     ) -> None:
-        """Notes the terms of a step of so many clips; `position` is still before it."""
+        """Notes the terms of a step of so many clips, and `also` what has no mean; `position` is before it."""
         for name, value in values.items():
             if name != "loss":
                 total, counted = position.sums.get(name, (0.0, 0))
@@ -91,7 +98,7 @@ class Journal:
             "step_seconds": round(seconds, 6),
             "wait_seconds": round(self._waited, 6),
         }
-        self._write(entry | values)
+        self._write(entry | values | also)
         self._rate = rate
         self._recent = [
             (1 - SMOOTH) * old + new

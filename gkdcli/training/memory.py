@@ -53,7 +53,8 @@ def expected_bytes(settings: Settings, network: Cost, generators: int, teacher: 
     """
     trained, batch = network.parameters, settings.optim.batch_size
     moments = 1 if settings.optim.algorithm == "sgd" else 2
-    steady = 4 * (trained + generators + teacher + moments * trained + 2 * generators)
+    held = 1 + moments + bool(settings.optim.ema)
+    steady = 4 * (held * trained + 3 * generators + teacher)
     spliced = settings.task == "detection" and settings.distill.contrast_weight > 0
     passed = 2 * batch if spliced else batch  # in the worst batch all clips have a spliced version
     steady += (5 * passed + batch) * clip_values  # as bytes, the next batch too, and as floats

@@ -29,12 +29,16 @@ def generator_optimizer(parameters: Iterable[nn.Parameter], settings: OptimSetti
 def rate_factor(settings: OptimSettings, epochs_done: float) -> float:
     """What the learning rates are multiplied with, from the fractional number of epochs done.
 
-    Linear warm-up over `warmup_epochs`, then constant, or half a cosine down to 0 at the last epoch.
+    Linear warm-up over `warmup_epochs`, then constant, or half a cosine down to 0 at the last epoch, or
+    `step_factor` for each of `step_epochs` that is over.
     """
     if epochs_done < settings.warmup_epochs:
         return min((epochs_done + 1e-3) / settings.warmup_epochs, 1.0)
     if settings.schedule == "constant":
         return 1.0
+    if settings.schedule == "step":
+        over = sum(epochs <= epochs_done for epochs in settings.step_epochs)
+        return float(settings.step_factor**over)
     span = max(settings.epochs - settings.warmup_epochs, 1e-9)
     return 0.5 * (1 + math.cos(math.pi * min((epochs_done - settings.warmup_epochs) / span, 1.0)))
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from gkdcli.data.clock import spent
 from gkdcli.losses import distill as losses
-from gkdcli.models.network import BATCH_NORMS
+from gkdcli.models.layers import BATCH_NORMS
 from gkdcli.settings import DistillSettings
 from gkdcli.training.forward import Forward
 from gkdcli.training.noise import Noise

@@ -131,6 +131,8 @@ def out_of_memory(
         if smaller
         else "a smaller network or clip: `--set model.width=...`, `--set clips.crop=...`"
     )
+    if not settings.train.checkpoint_activations:
+        hint += "; or the same result in more time: `--set train.checkpoint_activations=true`"
     return GkdError(
         f"out of memory: batch {batch}, clips of {clips.length} frames at {clips.crop}x{clips.crop} px{peak}",
         f"{moment} on {device}",

@@ -19,11 +19,12 @@ from gkdcli.data.clips import normalise
 from gkdcli.data.clock import at, spent
 from gkdcli.data.loader import load, lost_worker
 from gkdcli.errors import ExitCode, GkdError, Interrupted
+from gkdcli.files import sweep_temporaries
 from gkdcli.losses.distill import ramp
 from gkdcli.losses.segments import Divisors
 from gkdcli.runs import Run
 from gkdcli.settings import Settings
-from gkdcli.training import checkpoint, optim
+from gkdcli.training import checkpoint
 from gkdcli.training.checkpoint import Position, State
 from gkdcli.training.journal import Journal
 from gkdcli.training.noise import Noise
@@ -42,6 +43,7 @@ from gkdcli.training.steps import (
 )
 from gkdcli.training.stopping import Report, StopRequest, Values, mean_values, not_finite, out_of_memory
 from gkdcli.training.teacher_cache import taught
+from gkdcli.training.updates import Updates, scales, updates_of
 
 PASSES = ("generator", "network")
 
@@ -123,11 +125,8 @@ class Trainer:
             if module is not None:
                 module.eval().requires_grad_(False)
         self.group.spread(networks.student, networks.generators)
-        self.optimizer = optim.network_optimizer(networks.student.parameters(), settings.optim)
-        self.generator_optimizer = (
-            optim.generator_optimizer(networks.generators.parameters(), settings.optim)
-            if networks.generators is not None
-            else None
+        self.updates, self.generator_updates = updates_of(
+            networks, settings.optim, scaled=settings.train.precision == "fp16"
         )
         both = networks.generators is not None
         self.shared = both and settings.train.schedule == "step"  # one student forward serves both stages
@@ -136,7 +135,7 @@ class Trainer:
         first, tensorboard = self.group.first, settings.train.tensorboard
         self.journal = Journal(run, console, job.score, first, fabric.device, tensorboard)
         self._stop = StopRequest(console, alone=self.group.size == 1)
-        self._saved = 0.0  # when, by the monotonic clock
+        self._saved, self._saved_step = 0.0, 0  # when, by the monotonic clock
 
     @property
     def epoch(self) -> int:
@@ -173,8 +172,9 @@ class Trainer:
         spot = self.schedule.spot(self.position.step)
         closed = self.schedule.closes(spot.batch)
         values = self._step(batch)
-        rate, clips = self.optimizer.param_groups[0]["lr"], self.schedule.size(spot.batch)
-        self.journal.step(self.position, spot.epoch, PASSES[spot.part], rate, values, clips)
+        rate, clips = self.updates.optimizer.param_groups[0]["lr"], self.schedule.size(spot.batch)
+        also = scales(self.updates, self.generator_updates)
+        self.journal.step(self.position, spot.epoch, PASSES[spot.part], rate, values, clips, also)
         self.position.step += 1
         if self.position.step % self.schedule.steps_per_epoch == 0:
             self._end_epoch()
@@ -182,8 +182,11 @@ class Trainer:
 
     def _give_way(self, last_step: int) -> None:
         """Saves where it is time to, and stops where that was asked for; called between optimiser steps."""
-        late = time.monotonic() - self._saved > 60 * self.job.settings.train.checkpoint_minutes
-        asked, due = self.group.agree(self._stop.made, late and self.group.first)
+        settings, step = self.job.settings.train, self.position.step
+        late = time.monotonic() - self._saved > 60 * settings.checkpoint_minutes
+        often = settings.checkpoint_steps
+        counted = bool(often) and step // often > self._saved_step // often
+        asked, due = self.group.agree(self._stop.made, (late or counted) and self.group.first)
         stop = asked and self.position.step < last_step
         if stop or due:
             self.save()
@@ -206,7 +209,8 @@ class Trainer:
         targets = {name: self.fabric.to_device(value) for name, value in batch.targets.items()}
         clips = normalise(self.fabric.to_device(batch.clips), settings.clips, targets.get("frames"))
         at("losses_and_cvae")
-        self._set_rates()
+        for updates in filter(None, (self.updates, self.generator_updates)):
+            updates.set_rate(self.schedule.rate(self.position.step))
         if not student.training:  # validation has changed that
             student.train()
         if spot.part == GENERATOR:
@@ -240,26 +244,25 @@ class Trainer:
             part,
             taught(targets),
         )
-        values = self._descend(terms, self.optimizer, batch)
+        values = self._descend(terms, self.updates, batch)
         return before | values | {"loss": before.get("loss", 0.0) + values["loss"]}
 
     def _generator_stage(self, seen: Seen, noise: Noise, batch: ClipBatch) -> Values:
         networks = self.job.networks
         assert networks.generators is not None
-        assert self.generator_optimizer is not None
+        assert self.generator_updates is not None
         networks.generators.requires_grad_(True)
         terms = generator_terms(networks, seen, noise, self.job.settings.distill)
-        return self._descend(terms, self.generator_optimizer, batch)
+        return self._descend(terms, self.generator_updates, batch)
 
-    def _descend(self, terms: dict[str, Term], optimizer: torch.optim.Optimizer, batch: ClipBatch) -> Values:
+    def _descend(self, terms: dict[str, Term], updates: Updates, batch: ClipBatch) -> Values:
         spot = self.schedule.spot(self.position.step)
         loss = total(terms)
         # one transfer from the device for all of them
         found = torch.stack([*(term.value.detach() for term in terms.values()), loss.detach()])
         values = dict(zip((*terms, "loss"), found.tolist(), strict=True))
         at("backward")
-        self.fabric.backward(loss * self.schedule.share(spot.batch))
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        self.fabric.backward(updates.scaled(loss * self.schedule.share(spot.batch)))
         at("exchange" if self.group.size > 1 else "optimizer")
         # with the gradients still this process's own: what fails up to here, fails before anyone waits for it
         reports = self.group.gather(
@@ -267,7 +270,7 @@ class Trainer:
                 values,
                 self.schedule.own(spot.batch),
                 [self.job.dataset.name_of(sample) for sample in batch.samples[:5]],
-                [number for number, parameter in enumerate(parameters) if parameter.grad is not None],
+                updates.have_gradients(),
             )
         )
         for report in reports:
@@ -275,19 +278,9 @@ class Trainer:
                 kept = self.run.last if self.run.last.is_file() else None
                 raise not_finite(report, self._moment(), self.job.settings, kept)
         if self.schedule.closes(spot.batch):
-            self.group.sum_gradients(parameters, sorted({*chain(*(report.moved for report in reports))}))
-            at("optimizer")
-            optim.clip(optimizer, self.job.settings.optim.clip_norm)
-            optimizer.step()
-            optimizer.zero_grad()
+            updates.move(self.group, {*chain(*(report.moved for report in reports))})
         at("losses_and_cvae")
         return mean_values(reports)
-
-    def _set_rates(self) -> None:
-        settings, factor = self.job.settings.optim, self.schedule.rate(self.position.step)
-        optim.set_rate(self.optimizer, settings.learning_rate * factor)
-        if self.generator_optimizer is not None:
-            optim.set_rate(self.generator_optimizer, settings.generator_lr * factor)
 
     def batches(self, last_step: int) -> Generator[ClipBatch, None, None]:
         """All that is left of the run up to a step, so that workers read ahead across epochs."""
@@ -306,7 +299,8 @@ class Trainer:
             return
         score = None
         if self.job.validate is not None:
-            score = self.job.validate()
+            with self.updates.shown():
+                score = self.job.validate()
             if position.best is None or score >= position.best:
                 position.best, position.best_epoch = score, epoch
                 checkpoint.save_best(self._state(), self.run, self.job.resume_command)
@@ -341,8 +335,10 @@ class Trainer:
         """Writes the checkpoint that `restore` goes back to."""
         if self.group.first:
             self.journal.flush()
-            checkpoint.save(self._state(), self.run, self.job.resume_command)
-        self._saved = time.monotonic()
+            checkpoint.save(
+                self._state(), self.run, self.job.resume_command, self.job.settings.train.keep_checkpoints
+            )
+        self._saved, self._saved_step = time.monotonic(), self.position.step
 
     def restore(self) -> None:
         """Goes back to the run's last checkpoint; metrics after it are dropped.
@@ -350,7 +346,10 @@ class Trainer:
         Raises:
             GkdError: the checkpoint is damaged or of another network, or other processes see another one.
         """
+        if self.group.first:
+            sweep_temporaries(self.run.folder)  # what a killed process left half written
         self.position = checkpoint.restore(self._state(), self.run)
+        self._saved_step = self.position.step
         first, *others = self.group.gather(asdict(self.position))
         if any(other != first for other in others):
             raise GkdError(
@@ -363,7 +362,7 @@ class Trainer:
     def _state(self) -> State:
         networks = self.job.networks
         return State(
-            networks.student, networks.generators, self.optimizer, self.generator_optimizer, self.position
+            networks.student, networks.generators, self.updates, self.generator_updates, self.position
         )
 
     @contextlib.contextmanager

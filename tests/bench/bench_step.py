@@ -1,7 +1,7 @@
 """One distillation iteration against a plain I3D forward, and its memory.
 
     python tests/bench/bench_step.py [--preset ucf101|thumos14] [--spliced] [--schedule epoch|step]
-        [--teacher-cache] [--precision 32|bf16] [--device cpu|cuda] [--repeats 5] [--profile]
+        [--teacher-cache] [--recompute] [--precision 32|bf16] [--device cpu|cuda] [--repeats 5] [--profile]
 
 An iteration is both stages by the trainer itself with its optimisers: with their own forward pass each under
 schedule `epoch`, on one of the student under `step`. Recipe `official`, batch 1, 64x224x224, or for detection
@@ -64,6 +64,7 @@ class Iteration:
             f"train.threads={given.threads}",
             f"train.schedule={given.schedule}",
             f"train.precision={given.precision}",
+            f"train.checkpoint_activations={str(given.recompute).lower()}",
         ]
         page = resolve(preset, stage="distill", modality="rgb", root=Path(), sets=sets).settings
         self.parts = (0, 1) if given.schedule == "epoch" else (0,)
@@ -72,6 +73,8 @@ class Iteration:
         task, classes = task_of(page), FACTS[preset][0]
         teacher, student = (task.build_network(page, role, classes, "rgb") for role in ("teacher", "student"))
         student.hold_norms("held" if page.task == "detection" else "trained")
+        if given.recompute:
+            student.recompute()
         self.teacher = teacher
         self.forward = forward_of(page, device)
         networks = Networks(student, build_cvae(student), teacher, build_cvae(teacher), self.forward)
@@ -152,6 +155,7 @@ def main() -> None:
     parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="bf16: on GPUs only")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--spliced", action="store_true", help="detection: with a spliced clip")
+    parser.add_argument("--recompute", action="store_true", help="train.checkpoint_activations")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--profile", action="store_true", help="print the operations that take longest")

@@ -95,3 +95,13 @@ def test_classification_losses_against_the_formulas():
         corrected -= math.log(math.exp(mean[label]) / float(torch.exp(mean).sum())) / 3
     assert float(classification_loss(logits, labels, "official")) == pytest.approx(official)
     assert float(classification_loss(logits, labels, "corrected")) == pytest.approx(corrected)
+
+
+@pytest.mark.parametrize("recipe", ["official", "corrected"])
+def test_smoothing_takes_its_share_of_the_label_for_all_classes(recipe: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    logits, labels = torch.randn(3, 4, 2, generator=generator), torch.tensor([1, 0, 3])
+    scores = torch.softmax(logits, 1).sum(2) if recipe == "official" else logits.mean(2)
+    chances = torch.log_softmax(scores, 1)
+    wanted = -(0.9 * chances[torch.arange(3), labels] + 0.1 * chances.mean(1)).mean()
+    torch.testing.assert_close(classification_loss(logits, labels, recipe, 0.1), wanted)

@@ -266,3 +266,21 @@ def test_background_loss_of_both_recipes():
     total = sum(float(_focal(logits[b, p], 0)) for b in range(3) for p in range(7))
     assert float(background_loss(logits, "official")) == pytest.approx(total)
     assert float(background_loss(logits, "corrected")) == pytest.approx(total / 21)
+
+
+def test_smoothing_spreads_the_labels_of_actions_alone() -> None:
+    """Against a loop over priors and classes; 0 is the plain loss."""
+    logits = torch.randn(2, 5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[0, 1, 2, 3, 0], [3, 0, 0, 1, 2]])
+    assert torch.equal(focal_loss(logits, labels, 0.0), focal_loss(logits, labels))
+    found = focal_loss(logits, labels, 0.2)
+    for clip in range(2):
+        for prior in range(5):
+            scores = torch.softmax(logits[clip, prior], 0) + 1e-6
+            label = int(labels[clip, prior])
+            wanted = 0.0
+            for one in range(4):
+                share = float(one == label) * (0.8 if label else 1.0) + (0.2 / 4 if label else 0.0)
+                wanted -= share * float((1 - scores[one]) ** 2 * scores[one].log())
+            weight = 0.75 if label else 0.25
+            assert float(found[clip, prior]) == pytest.approx(weight * wanted, rel=1e-9)

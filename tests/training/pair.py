@@ -37,11 +37,20 @@ class Case(NamedTuple):
     batch: int
     accumulation: int
     steps: int
+    more: tuple[tuple[str, Any], ...] = ()
 
 
 CASES = {
     "recognition, step": Case("recognition", "step", 4, 1, 3),  # of 7 clips: the last batch is 2 + 1
     "recognition, epoch, accumulated": Case("recognition", "epoch", 6, 2, 6),  # the last is 1 + 0
+    "recognition, step, scaled and averaged": Case(
+        "recognition",
+        "step",
+        4,
+        1,
+        3,
+        (("train__precision", "fp16"), ("optim__ema", 0.9), ("optim__label_smoothing", 0.1)),
+    ),
     "detection, step": Case("detection", "step", 4, 1, 3),
     "detection, epoch, accumulated": Case("detection", "epoch", 2, 3, 5),
 }
@@ -55,7 +64,10 @@ def trainer_of(folder: Path, name: str, group: Group, **options: Any) -> Trainer
     store = Store.open(Path(json.loads((folder / "stores.json").read_text())[case.task]))
     if case.task == "recognition":
         settings = jobs.page(
-            train__schedule=case.schedule, optim__batch_size=batch, optim__accumulation=case.accumulation
+            train__schedule=case.schedule,
+            optim__batch_size=batch,
+            optim__accumulation=case.accumulation,
+            **dict(case.more),
         )
         played = jobs.networks(settings, len(store.classes))
         jobs.settle(played.student, torch.randn(4, 3, 16, 32, 32))

@@ -96,11 +96,13 @@ def test_features_maps_and_logits_of_a_trained_network_in_bf16(stage, tiny_train
     assert distances["feature"] > 1e-4  # it was bf16
 
 
-@pytest.mark.parametrize("pair", PAIRS, ids=" ".join)
-def test_every_term_of_a_step_in_bf16_is_within_five_percent(pair, clips):
+@pytest.mark.parametrize(
+    ("pair", "precision"), [*((pair, "bf16") for pair in PAIRS), (PAIRS[0], "fp16")], ids=str
+)
+def test_every_term_of_a_step_in_16_bits_is_within_five_percent(pair, precision, clips):
     played, settings = in_play(pair)
     wanted = terms(played, clips, settings)
-    played.forward = Forward("bf16")
+    played.forward = Forward(precision)
     found = terms(played, clips, settings)
     assert len(wanted) == 6
     assert {name: abs(found[name] / wanted[name] - 1) < 0.05 for name in wanted} == dict.fromkeys(
@@ -110,10 +112,11 @@ def test_every_term_of_a_step_in_bf16_is_within_five_percent(pair, clips):
 
 
 @pytest.mark.gpu
-def test_a_run_in_bf16_keeps_float32_weights_and_learns_alike(tmp_path):
+@pytest.mark.parametrize("lower", ["bf16", "fp16"])
+def test_a_run_in_16_bits_keeps_float32_weights_and_learns_alike(tmp_path, lower):
     store = store_of(tmp_path / "store", 8)
     ends = {}
-    for precision in ("32", "bf16"):
+    for precision in ("32", lower):
         settings = page(train__precision=precision, optim__epochs=4, optim__batch_size=4)
         played = replace(networks(settings, 3), forward=Forward(precision, device=torch.device("cuda")))
         trainer = trainer_of(tmp_path / precision, store, settings, played=played, accelerator="cuda")
@@ -121,12 +124,19 @@ def test_a_run_in_bf16_keeps_float32_weights_and_learns_alike(tmp_path):
         dtypes = {value.dtype for value in played.student.state_dict().values() if value.is_floating_point()}
         assert dtypes == {torch.float32}
         ends[precision] = [line for line in metrics_of(trainer.run) if "mean" in line][-1]["mean"]
-    assert ends["bf16"] != ends["32"]
+    assert ends[lower] != ends["32"]
     for name, value in ends["32"].items():
-        assert ends["bf16"][name] == pytest.approx(value, rel=0.15), name
+        assert ends[lower][name] == pytest.approx(value, rel=0.15), name
 
 
-def test_bf16_is_refused_on_the_cpu(gkd, workspace):
+@pytest.mark.parametrize(
+    ("precision", "why"),
+    [
+        ("bf16", "bf16 gradients of 3D convolutions are wrong on the CPU"),
+        ("fp16", "fp16 trains on GPUs only"),
+    ],
+)
+def test_16_bits_are_refused_on_the_cpu(gkd, workspace, precision, why):
     outcome = gkd(
         "pretrain-attention",
         "demo-tiny",
@@ -135,10 +145,12 @@ def test_bf16_is_refused_on_the_cpu(gkd, workspace):
         "--device",
         "cpu",
         "--set",
-        "train.precision=bf16",
+        f"train.precision={precision}",
     )
     assert outcome.code == 1
-    assert "bf16 gradients of 3D convolutions are wrong on the CPU" in outcome.err
+    assert why in outcome.err
+    assert "bf16" in outcome.err
+    assert "cpu" in outcome.err.lower()
     assert not (workspace / "runs").exists()
 
 

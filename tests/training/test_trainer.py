@@ -6,6 +6,8 @@ import functools
 import math
 import multiprocessing
 import os
+import resource
+import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -231,6 +233,32 @@ def test_checkpoints_come_as_often_as_asked_for(tmp_path: Path, store, monkeypat
         assert len(saved) in expected
 
 
+def test_checkpoints_come_by_steps_and_so_many_are_kept(tmp_path: Path, store):
+    """A step-N is what `last` was after N steps, and a run goes on from it as from that."""
+    often = page(train__checkpoint_steps=3, train__keep_checkpoints=3)
+    trainer = trainer_of(tmp_path, store, often)
+    trainer.fit(None)
+    folder = trainer.run.folder
+
+    def there() -> list[str]:
+        return sorted(path.name for path in folder.glob("*.safetensors"))
+
+    # saved after 3, 4 (an epoch's end), 6, 8
+    assert there() == ["last.safetensors", "step-000004.safetensors", "step-000006.safetensors"]
+    end = load_file(trainer.run.last)
+    trainer.run.last.unlink()  # what was loaded still lies in it
+    shutil.copy(folder / "step-000006.safetensors", trainer.run.last)
+    (folder / ".last.safetensors.1234.tmp").write_bytes(b"of a killed process")
+    again = trainer_of(tmp_path, store, page(train__keep_checkpoints=1), Run(folder))
+    again.restore()
+    assert again.position.step == 6
+    assert list(folder.glob(".*.tmp")) == []
+    again.fit(None)
+    found = load_file(trainer.run.last)
+    assert all(torch.equal(found[name], value) for name, value in end.items())
+    assert there() == ["last.safetensors"]
+
+
 def test_a_checkpoint_of_foreign_make_is_refused(tmp_path: Path, store):
     from safetensors.torch import save_file
 
@@ -245,8 +273,10 @@ def test_a_checkpoint_of_foreign_make_is_refused(tmp_path: Path, store):
         trainer.restore()
 
 
-def test_a_full_disk_keeps_the_checkpoint_before_and_the_error(tmp_path: Path, store, small_disk: Path):
-    trainer = trainer_of(small_disk, store, page(train__checkpoint_minutes=FINE))
+@pytest.mark.parametrize("keep", [1, 2])
+def test_a_full_disk_keeps_the_checkpoint_before_and_the_error(store, small_disk: Path, keep: int):
+    settings = page(train__checkpoint_minutes=FINE, train__keep_checkpoints=keep)
+    trainer = trainer_of(small_disk, store, settings)
     trainer.fit(1)
     good = load_file(trainer.run.last)
     with open(small_disk / "filling", "wb") as handle:
@@ -257,6 +287,23 @@ def test_a_full_disk_keeps_the_checkpoint_before_and_the_error(tmp_path: Path, s
     assert "the checkpoint before it is whole" in caught.value.where
     kept = load_file(trainer.run.last)
     assert all(torch.equal(kept[name], good[name]) for name in good)
+    assert list(trainer.run.folder.glob(".*.tmp")) == []
+
+
+def test_a_file_that_may_not_grow_leaves_the_checkpoint_before(tmp_path: Path, store):
+    """A limit on the size of files stands for a full disk where mounting is not allowed."""
+    trainer = trainer_of(tmp_path, store, page())
+    trainer.fit(1)
+    good = trainer.run.last.read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(good) // 2, limits[1]))
+    try:
+        with pytest.raises(GkdError, match="cannot write") as caught:
+            trainer.save()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert "the checkpoint before it is whole" in caught.value.where
+    assert trainer.run.last.read_bytes() == good
     assert list(trainer.run.folder.glob(".*.tmp")) == []
 
 
@@ -305,8 +352,8 @@ def test_accumulated_batches_equal_one_large_batch(tmp_path: Path, store, small,
         def note(module: torch.nn.Module, noted: list = noted) -> None:
             noted.append(torch.cat([parameter.grad.flatten() for parameter in module.parameters()]))
 
-        trainer.generator_optimizer.step = functools.partial(note, played.generators)
-        trainer.optimizer.step = functools.partial(note, played.student)
+        trainer.generator_updates.optimizer.step = functools.partial(note, played.generators)
+        trainer.updates.optimizer.step = functools.partial(note, played.student)
         trainer.fit(None)
         found.append(noted)
     assert len(found[0]) == len(found[1]) == 2 * math.ceil(7 / large)
@@ -408,7 +455,7 @@ def test_rates_of_both_optimisers_follow_the_schedule(tmp_path: Path, store):
     for batch in load(trainer.job.dataset, trainer.schedule.keys(0, 8), 0):
         trainer._train_on(batch)
         rates.append(
-            (trainer.optimizer.param_groups[0]["lr"], trainer.generator_optimizer.param_groups[0]["lr"])
+            tuple(u.optimizer.param_groups[0]["lr"] for u in (trainer.updates, trainer.generator_updates))
         )
     factors = [trainer.schedule.rate(step) for step in range(8)]
     assert rates == [(1e-3 * factor, 5e-3 * factor) for factor in factors]
