@@ -129,10 +129,10 @@ def fill(
     with _alone(cache.folder, console) if group.first else contextlib.nullcontext():
         missing = group.share(lambda: _begin(cache, views, settings, whole, console, teacher_folder))
         mine = missing[group.rank :: group.size]
-        clips = sum(len(cache.positions(number)) for _, number in mine)
+        clips = sum(len(cache.positions(number)) for _, number in missing)
         try:
-            with console.progress("the teacher's attention", clips * group.size) as tick:
-                _compute(cache, mine, teacher, forward, settings, device, _scaled(tick, group.size))
+            with console.progress("the teacher's attention", clips) as tick:
+                _compute(cache, mine, teacher, forward, settings, device, _scaled(tick, group.size, clips))
         except KeyboardInterrupt:
             raise Interrupted(
                 "interrupted while the teacher's attention was computed; what is done stays",
@@ -142,9 +142,9 @@ def fill(
         group.gather(None)
 
 
-def _scaled(tick: Ticker, size: int) -> Ticker:
+def _scaled(tick: Ticker, size: int, most: int) -> Ticker:
     """Tells what all processes have done, of which this one sees its own share."""
-    return lambda done, text="": tick(done * size, text)
+    return lambda done, text="": tick(min(done * size, most), text)
 
 
 @contextlib.contextmanager
