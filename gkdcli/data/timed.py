@@ -55,3 +55,7 @@ class TimedClips:
     def name_of(self, sample: int) -> str:
         """Which clip a message means."""
         return self.clips.name_of(sample)
+
+    def digest(self) -> str:
+        """That of the clips."""
+        return self.clips.digest()

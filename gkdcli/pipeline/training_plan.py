@@ -95,6 +95,7 @@ def plan_of(
 def record_of(
     place: Place, store: Store, held: list[int], teacher_run: Run | None, began: str, plan: dict[str, Any]
 ) -> dict[str, Any]:
+    """The beginning of `run.json`; `plan` is that of `plan_of`, `began` a line about the first weights."""
     folder = place.runs("distill") / "x"  # all runs lie equally deep
     parents = {"teacher": relative_to_run(folder, teacher_run.folder)} if teacher_run else {}
     chosen = "best" if held else "last"

@@ -81,7 +81,7 @@ class Journal:
         clips: int,
         also: Values,
     ) -> None:
-        """Notes the terms of a step of so many clips, and `also` what has no mean; `position` is before it."""
+        """Notes the terms of a step of so many clips, `also` what has no mean; `position` is before it."""
         for name, value in values.items():
             if name != "loss":
                 total, counted = position.sums.get(name, (0.0, 0))

@@ -144,7 +144,7 @@ def fill(
 
 def _scaled(tick: Ticker, size: int, most: int) -> Ticker:
     """Tells what all processes have done, of which this one sees its own share."""
-    return lambda done, text="": tick(min(done * size, most), text)
+    return lambda done, text="", rows=None: tick(min(done * size, most), text, rows)
 
 
 @contextlib.contextmanager
