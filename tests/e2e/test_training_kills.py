@@ -152,8 +152,13 @@ class Study:
         turns = [n for n in range(1, len(self.steps)) if _place(self.steps[n]) != _place(self.steps[n - 1])]
         ahead = [n for n in turns if n > done]
         kind = kind or self.rng.choice(["start", *["step"] * 5, *["turn"] * (4 if ahead else 0)])
+        if done >= len(self.steps):
+            kind = "end"
         pid = self._start(resume=run is not None)
-        if kind == "start":
+        if kind == "end":
+            self._await(pid, lambda: _saved(self._run()) >= len(self.steps))
+            self._sleep(pid, self.rng.uniform(0, 0.5))
+        elif kind == "start":
             self._sleep(pid, self.rng.uniform(0, 2.0))
         elif kind == "turn":  # another stage or epoch is to begin
             self._await(pid, lambda: _saved(self._run()) >= ahead[0])
