@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,21 +137,35 @@ class Study:
 
     # ---- kills ----
 
-    def kill(self) -> bool:
-        """Starts the command or goes on with its run, and kills it; False where it had ended before."""
+    def kill(self, kind: str = "") -> bool:
+        """Starts the command or goes on with its run, and kills it; False where it had ended before.
+
+        Args:
+            kind: "start", while it begins; "step", some steps later; "turn", where another stage or epoch is
+                to begin; drawn where it is not given.
+        """
         run = self._run()
         if run is not None and run.state == "complete":  # the kill came after that
             self.compare()
             run = None
         done = _lines(run)
-        # a step of those to come; three times in ten the first of another stage or epoch
         turns = [n for n in range(1, len(self.steps)) if _place(self.steps[n]) != _place(self.steps[n - 1])]
         ahead = [n for n in turns if n > done]
-        step = self.rng.randint(done, len(self.steps))
-        if ahead and self.rng.random() < 0.3:
-            step = ahead[0]
+        kind = kind or self.rng.choice(["start", *["step"] * 5, *["turn"] * (4 if ahead else 0)])
+        if done >= len(self.steps):
+            kind = "end"
         pid = self._start(resume=run is not None)
-        self._await(pid, step)
+        if kind == "end":
+            self._await(pid, lambda: _saved(self._run()) >= len(self.steps))
+            self._sleep(pid, self.rng.uniform(0, 0.5))
+        elif kind == "start":
+            self._sleep(pid, self.rng.uniform(0, 2.0))
+        elif kind == "turn":  # another stage or epoch is to begin
+            self._await(pid, lambda: _saved(self._run()) >= ahead[0])
+        else:
+            step = min(done + self.rng.randint(1, 4), len(self.steps))
+            self._await(pid, lambda: _lines(self._run()) >= step)
+            self._sleep(pid, self.rng.choice([0.0, self.rng.uniform(0, 0.2)]))
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
         code = self._end(pid)
@@ -162,12 +177,14 @@ class Study:
         self.seen[self._moment()] += 1
         return True
 
-    def _await(self, pid: int, step: int) -> None:
-        """Until the log has a step; then a little more, from the next step's work to a checkpoint's."""
+    def _await(self, pid: int, come: Callable[[], bool]) -> None:
+        """Until something has come, or the process ends."""
         deadline = time.monotonic() + 300
-        while _lives(pid) and time.monotonic() < deadline and _lines(self._run()) < step:
+        while _lives(pid) and time.monotonic() < deadline and not come():
             time.sleep(0.002)
-        until = time.monotonic() + self.rng.choice([0.0, self.rng.uniform(0, 0.2)])
+
+    def _sleep(self, pid: int, seconds: float) -> None:
+        until = time.monotonic() + seconds
         while time.monotonic() < until and _lives(pid):
             time.sleep(0.001)
 
@@ -183,8 +200,7 @@ class Study:
             return "before the first checkpoint"
         if run.state == "complete":
             return "after the end"
-        with safe_open(run.last, framework="pt") as file:
-            step = json.loads(file.metadata()["position"])["step"]
+        step = _saved(run)
         if step >= len(self.steps):
             return "after the last checkpoint"
         if step and _place(self.steps[step]) != _place(self.steps[step - 1]):
@@ -248,6 +264,14 @@ def _lines(run: Run | None) -> int:
     return run.metrics.read_bytes().count(b'"loss"')
 
 
+def _saved(run: Run | None) -> int:
+    """Steps in the last checkpoint."""
+    if run is None or not run.last.is_file():
+        return 0
+    with safe_open(run.last, framework="pt") as file:
+        return int(json.loads(file.metadata()["position"])["step"])
+
+
 def _lives(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -256,27 +280,40 @@ def _lives(pid: int) -> bool:
 
 
 def kill_often(
-    folder: Path, source: Path, case: Case, kills: int, seed: int, until: float = float("inf")
+    folder: Path,
+    source: Path,
+    case: Case,
+    kills: int,
+    seed: int,
+    until: float = float("inf"),
+    kinds: Sequence[str] = (),
 ) -> tuple[Counter[str], int]:
-    """So many kills, or as many as there is time for; what they met, and how many runs came out equal."""
+    """So many kills, or as many as there is time for; what they met, and how many runs came out equal.
+
+    Of the first ones `kinds` says what they are.
+    """
     study = Study(folder, source, case, seed)
     done = 0
     while done < kills and time.monotonic() < until:
-        done += study.kill()
+        done += study.kill(*kinds[done : done + 1])
         if done % 10 == 0:
             print(f"{case}: {done} kills, {study.runs} runs", file=sys.stderr, flush=True)
     study.finish()
     return study.seen, study.runs
 
 
-@pytest.mark.parametrize(("case", "kills"), [(CASES[0], 3), (CASES[1], 2)], ids=["epoch", "step"])
+@pytest.mark.parametrize(
+    ("case", "kinds"),
+    [(CASES[0], ("turn", "step", "step")), (CASES[1], ("start", "step"))],
+    ids=["epoch", "step"],
+)
 def test_five_kills_change_nothing(
-    case: Case, kills: int, tiny_trained: Path, tiny_detection: Path, tmp_path: Path
+    case: Case, kinds: tuple[str, ...], tiny_trained: Path, tiny_detection: Path, tmp_path: Path
 ) -> None:
-    """At random moments, of both tasks and schedules."""
+    """Of both tasks and schedules: between two stages, within an epoch, before the first step."""
     source = tiny_trained if case.task == "recognition" else tiny_detection
-    seen, runs = kill_often(tmp_path, source, case, kills, seed=4)
-    assert seen.total() - seen["ended before the kill"] == kills
+    seen, runs = kill_often(tmp_path, source, case, len(kinds), seed=4, kinds=kinds)
+    assert seen.total() - seen["ended before the kill"] == len(kinds)
     assert runs >= 1
 
 
