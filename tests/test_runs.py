@@ -294,8 +294,12 @@ def test_settings_that_may_change_do_and_the_others_are_refused_with_a_diff(tmp_
         "train.workers": 3,
         "train.threads": 2,
         "train.checkpoint_minutes": 1.5,
+        "train.checkpoint_steps": 7,
+        "train.keep_checkpoints": 2,
+        "train.checkpoint_activations": True,
+        "train.tensorboard": True,
     }
-    sets = [f"{key}={value}" for key, value in allowed.items()]
+    sets = [f"{key}={str(value).lower()}" for key, value in allowed.items()]
     found = resumed_settings(run, _place(tmp_path, *sets, "clips.length=16", "data.workers=2"))
     for key, value in allowed.items():
         section, _, name = key.partition(".")

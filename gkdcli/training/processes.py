@@ -99,6 +99,14 @@ class Group:
             num_nodes=self.size // here,
             strategy=DDPStrategy(timeout=LONGEST),
         )
+        # by names of this start: under the names of the one before, Gloo finds addresses where nobody is any more
+        dist.init_process_group(
+            "gloo" if device.type == "cpu" else "nccl",
+            store=PrefixStore("torch/", self._store),
+            rank=self.rank,
+            world_size=self.size,
+            timeout=LONGEST,
+        )
         fabric.launch()
         with self._together():
             self._control = dist.new_group(backend="gloo", timeout=LONGEST) if device.type != "cpu" else None

@@ -126,7 +126,7 @@ def test_an_epoch_takes_full_batches_of_different_clips(store, videos, undisturb
     count = len(trainer.job.dataset)
     assert count % 3
     trainer.position.step = 0
-    batches = list(trainer._batches(trainer.schedule.steps))
+    batches = list(trainer.batches(trainer.schedule.steps))
     assert {len(batch.samples) for batch in batches} == {3}
     assert len(batches) == 2 * 2 * (count // 3)
     left_out = set()
@@ -254,7 +254,7 @@ def test_what_follows_a_short_video_is_0_after_normalisation_or_black(tmp_path: 
         lambda module, inputs: seen.append(inputs[0].clone())
     )
     with torch.no_grad():
-        shown = [batch.targets for batch in trainer._batches(2)]
+        shown = [batch.targets for batch in trainer.batches(2)]
     assert not any(targets["spliced"].any() for targets in shown)  # 40 frames hold no piece of 40
     trainer.fit(2)
     assert len(seen) == 2
@@ -275,7 +275,7 @@ def test_what_is_spliced_out_of_padding_is_0_too(tmp_path: Path):
         settings = page("optim.batch_size=1", f"train.seed={seed}")
         dataset = detection.training_set(short, [0], settings)
         trainer = detection_jobs.trainer_of(tmp_path / str(seed), short, settings, dataset=dataset)
-        (batch,) = trainer._batches(1)
+        (batch,) = trainer.batches(1)
         order = batch.targets["splices"][0]
         moved = order >= 60
         if moved[:50].any():
