@@ -99,7 +99,7 @@ class Group:
             num_nodes=self.size // here,
             strategy=DDPStrategy(timeout=LONGEST),
         )
-        # by names of this start: under the names of the one before, Gloo finds addresses where nobody is any more
+        # names of this start: under those of the one before, Gloo finds addresses where nobody is any more
         dist.init_process_group(
             "gloo" if device.type == "cpu" else "nccl",
             store=PrefixStore("torch/", self._store),
