@@ -22,7 +22,6 @@ import sys
 import time
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before it is read: see `seconds`
 import torch
@@ -37,20 +36,11 @@ from gkdcli.resolve import resolve
 from gkdcli.tasks.trained import chosen_device, task_of
 from gkdcli.training.steps import Networks
 from gkdcli.training.trainer import Trainer
+from tests.training.jobs import job_of_one_clip
 
 # classes, and what the published code's iteration takes: plain forwards and GB, with a spliced clip too
 FACTS = {"ucf101": (101, 6.7, 8.7, None, None), "thumos14": (20, 6.7, 5.4, 8.9, 7.1)}
 FORWARDS = {"epoch": 2, "step": 1}  # of the student
-
-
-class OneClip:
-    """What the trainer asks of a data set."""
-
-    def __len__(self) -> int:
-        return 1
-
-    def name_of(self, sample: int) -> str:
-        return "clip"
 
 
 class Iteration:
@@ -78,12 +68,7 @@ class Iteration:
         self.teacher = teacher
         self.forward = forward_of(page, device)
         networks = Networks(student, build_cvae(student), teacher, build_cvae(teacher), self.forward)
-        job = SimpleNamespace(
-            networks=networks,
-            settings=page,
-            dataset=OneClip(),
-            supervised=task.supervised_terms,
-        )
+        job = job_of_one_clip(networks, page, task)
         self.trainer = Trainer(job, None, None, Fabric(accelerator=given.device, devices=1))
         clip = torch.randint(0, 256, (1, 3, page.clips.length, page.clips.crop, page.clips.crop))
         targets = {"labels": torch.tensor([10])} if page.task == "recognition" else actions(spliced)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -36,6 +35,7 @@ from tests.parity.steps import (
     compare_parameters,
     two_threads,  # noqa: F401 - a fixture
 )
+from tests.training.jobs import job_of_one_clip
 
 pytestmark = [needs_golden, pytest.mark.heavy]
 KEYS = {who: f"det_{who}_in3" for who in ("teacher", "student")}
@@ -223,8 +223,7 @@ def test_four_steps(monkeypatch):
     monkeypatch.setattr(trainer, "Noise", noise)
     monkeypatch.setattr(trainer, "normalise", lambda clips, settings, frames: clips)
     monkeypatch.setattr(trainer, "splice", lambda clips, targets: spliced)  # recorded clips are drawn apart
-    terms = detection.supervised_terms
-    job = SimpleNamespace(networks=networks, settings=page, dataset=[0], supervised=terms)
+    job = job_of_one_clip(networks, page, detection)
     work = trainer.Trainer(job, None, None, Fabric(accelerator="cpu", devices=1))
     batch, found = ClipBatch(clip, targets, [0]), Findings("06_trajectory_detection")
     for number in range(4):

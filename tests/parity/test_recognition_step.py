@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -37,6 +36,7 @@ from tests.parity.steps import (
     compare_parameters,
     two_threads,  # noqa: F401 - a fixture
 )
+from tests.training.jobs import job_of_one_clip
 
 pytestmark = [needs_golden, pytest.mark.heavy]
 NETWORK_KEYS = {who: f"rec_{who}_in3_cls101" for who in ("teacher", "student")}
@@ -169,9 +169,7 @@ def test_four_steps(monkeypatch):
     monkeypatch.setattr(trainer, "Noise", noise)
     monkeypatch.setattr(trainer, "normalise", lambda clips, settings, frames: clips)
     page = page.model_copy(update={"optim": page.optim.model_copy(update={"batch_size": 1})})
-    job = SimpleNamespace(
-        networks=networks, settings=page, dataset=[0], supervised=recognition.supervised_terms
-    )
+    job = job_of_one_clip(networks, page, recognition)
     work = trainer.Trainer(job, None, None, Fabric(accelerator="cpu", devices=1))
     batch = ClipBatch(clip, {"labels": label}, [0])
     found = Findings("06_trajectory_recognition")

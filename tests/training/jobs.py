@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -101,6 +102,27 @@ def trainer_of(
         resume_command="gkd distill tiny --resume",
     )
     return Trainer(job, run, Console(quiet=True), Fabric(accelerator=accelerator, devices=1), group)
+
+
+class OneClip:
+    """What the trainer asks of a data set, where batches are given to it by hand."""
+
+    def __len__(self) -> int:
+        return 1
+
+    def name_of(self, sample: int) -> str:
+        return "clip"
+
+
+def job_of_one_clip(networks: Networks, settings: Settings, task: Any) -> Any:
+    """A job for `Trainer._step` alone."""
+    return SimpleNamespace(
+        networks=networks,
+        settings=settings,
+        dataset=OneClip(),
+        supervised=task.supervised_terms,
+        score=task.SCORE,
+    )
 
 
 def settle(network: Any, clips: torch.Tensor) -> None:
