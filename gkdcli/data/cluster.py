@@ -10,6 +10,7 @@ import os
 import secrets
 import shutil
 import signal
+import socket
 import tempfile
 import threading
 import time
@@ -229,6 +230,10 @@ def _ray() -> Any:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "error")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # who asks for no GPU sees none
+    if not _address() and "RAY_AUTH_MODE" not in os.environ:
+        # read when Ray is imported; without a token of ours it would keep one in the user's home
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     try:
         import ray
         import ray.exceptions
@@ -241,21 +246,26 @@ def _ray() -> Any:
     return ray
 
 
+def _address() -> str:
+    """Of the cluster that is there; "" for one of our own."""
+    found = os.environ.get("RAY_ADDRESS", "")
+    return "" if found == "local" else found
+
+
 def _connect(ray: Any, stack: ExitStack, limit: int) -> None:
     """To the cluster that RAY_ADDRESS names, as Ray understands it; else to one of our own."""
-    address = os.environ.get("RAY_ADDRESS", "")
-    address = "" if address == "local" else address
+    address = _address()
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     if not address:
-        if "RAY_AUTH_MODE" not in os.environ:  # else Ray would keep a token in the user's home
-            os.environ["RAY_AUTH_MODE"] = "token"
-            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
         temporary = _short_folder()
         stack.callback(shutil.rmtree, temporary, ignore_errors=True)
         options |= {"address": "local", "num_cpus": limit or available_cores(), "include_dashboard": False}
         options |= {"object_store_memory": _OBJECT_BYTES, "_temp_dir": str(temporary)}
     stack.callback(ray.shutdown)
+    host, _, port = address.rpartition(":")
     try:
+        if host and port.isdecimal() and "/" not in host:  # Ray itself would ask for minutes
+            socket.create_connection((host.strip("[]"), int(port)), 20).close()
         ray.init(**options)
     except (ConnectionError, RuntimeError, ValueError, OSError, ray.exceptions.RayError) as error:
         raise GkdError(

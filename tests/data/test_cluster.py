@@ -55,8 +55,10 @@ class Nodes:
 
     def end(self) -> None:
         assert self.process.stdin
+        assert self.process.stdout
         self.process.stdin.close()
         self.process.wait(60)
+        self.process.stdout.close()
 
 
 @pytest.fixture(scope="module")
