@@ -24,6 +24,10 @@ class Ticker(Protocol):
         """Shows that `done` of the whole is done; a bar with names and values below it, if there are any."""
 
 
+def silent(done: int, text: str = "", rows: Rows | None = None) -> None:
+    """A ticker that shows nothing."""
+
+
 class Progress(Protocol):
     """Makes a ticker for so many steps: `Console.progress` with its title given."""
 
@@ -73,7 +77,7 @@ class Console:
         if style == "auto":
             style = "bar" if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else "plain"
         if self.quiet or style == "off" or not first_rank():
-            yield lambda done, text="", rows=None: None
+            yield silent
         elif style == "bar":
             yield from _bar(title, total)
         else:

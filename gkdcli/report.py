@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,17 @@ def draw_confusion(confusion: Sequence[Sequence[int]], classes: Sequence[str], p
     save_figure(figure, path)
 
 
-def draw_curves(metrics: Path, path: Path) -> None:
-    """Every loss term's mean per epoch, the held-out score, and the learning rate by step, as a PNG."""
-    epochs: list[dict[str, Any]] = []
+def draw_curves(entries: Iterable[Mapping[str, Any]], path: Path) -> None:
+    """Every loss term's mean per epoch, the held-out score, and the learning rate by step, as a PNG.
+
+    Args:
+        entries: the lines of `metrics.jsonl`.
+        path: of the picture; where no epoch is whole there is none.
+    """
+    epochs: list[Mapping[str, Any]] = []
     rates: list[float] = []
     steps = 1.0  # of an epoch
-    for entry in _entries(metrics):
+    for entry in entries:
         if "mean" in entry:
             epochs.append(entry)
             steps = len(rates) / entry["epoch"]
@@ -64,12 +68,6 @@ def draw_curves(metrics: Path, path: Path) -> None:
         right.plot(numbers, [entry[held] for entry in epochs], color="black", linestyle="--")
         right.set(ylabel=f"held-out {held.removeprefix('held_out_')} (dashed)", ylim=(0, 1))
     save_figure(figure, path)
-
-
-def _entries(metrics: Path) -> Iterator[dict[str, Any]]:
-    if metrics.is_file():
-        with open(metrics, encoding="utf-8") as handle:
-            yield from map(json.loads, handle)
 
 
 def drawable(name: str) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from gkdcli.report import draw_confusion, draw_curves
+from gkdcli.training.metrics import read
 
 
 def picture(path: Path) -> np.ndarray:
@@ -47,13 +48,13 @@ def lines(epochs: int, held: bool) -> list[dict]:
 def test_curves_are_drawn_also_of_terms_that_are_zero(tmp_path, epochs, held):
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text("".join(json.dumps(line) + "\n" for line in lines(epochs, held)))
-    draw_curves(metrics, tmp_path / "curves.png")
+    draw_curves(read(metrics), tmp_path / "curves.png")
     assert picture(tmp_path / "curves.png").std() > 1
 
 
 def test_without_a_whole_epoch_there_is_nothing_to_draw(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
-    draw_curves(metrics, tmp_path / "curves.png")
+    draw_curves(read(metrics), tmp_path / "curves.png")
     metrics.write_text(json.dumps(lines(1, False)[0]) + "\n")
-    draw_curves(metrics, tmp_path / "curves.png")
+    draw_curves(read(metrics), tmp_path / "curves.png")
     assert not (tmp_path / "curves.png").exists()

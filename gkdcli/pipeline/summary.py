@@ -67,7 +67,7 @@ def report(run: Run, trainer: Trainer, settings: Settings, expected_bytes: int) 
     score = f"held_out_{trainer.job.score}"
     epochs: list[dict[str, Any]] = []
     busy = waited = 0.0
-    for entry in metrics.read(run.metrics) if run.metrics.is_file() else ():
+    for entry in metrics.read(run.metrics):
         if "mean" in entry:
             epochs.append({"epoch": entry["epoch"], "terms": entry["mean"], score: entry.get(score)})
         else:
@@ -101,7 +101,8 @@ def report(run: Run, trainer: Trainer, settings: Settings, expected_bytes: int) 
         "versions": {"gkd": version(), "python": platform.python_version()}
         | {name: importlib.metadata.version(name) for name in ("torch", "torchvision", "numpy")},
     }
-    write_report(run.folder / "report.json", {**_before(run.folder / "report.json"), "training": done})
+    path = run.folder / "report.json"
+    write_json(path, jsonable({**_before(path), "training": done}))
     return done
 
 

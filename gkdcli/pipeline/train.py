@@ -47,6 +47,7 @@ from gkdcli.tasks.trained import (
     task_of,
     weights_at,
 )
+from gkdcli.training import metrics
 from gkdcli.training.forward import Forward
 from gkdcli.training.journal import require_tensorboard
 from gkdcli.training.processes import Group, begun_run, require_processes
@@ -84,9 +85,9 @@ def train(
     group = Group() if dry_run else Group.join(launch)
     command = launch.typed(place.command(STAGE_FOLDER[stage], "--resume"))
     store = open_store(place)
-    run = newest_unfinished(place, stage) if resume else None
-    if not resume and not profile:
-        run = begun_run(place, stage, launch, group.agents)
+    run = None  # a profile has none
+    if not profile:
+        run = newest_unfinished(place, stage) if resume else begun_run(place, stage, launch, group.agents)
     if run is not None:
         require_processes(run, launch, place.command(STAGE_FOLDER[stage], "--resume"))
         place = replace(place, settings=resumed_settings(run, place))
@@ -172,7 +173,7 @@ def train(
         group.leave()
         if not group.first:
             return Result({})
-        draw_curves(run.metrics, run.folder / "curves.png")
+        draw_curves(metrics.read(run.metrics), run.folder / "curves.png")
         done = report(run, trainer, settings, plan["memory_bytes"])
     return _trained(place, stage, run, command, done)
 

@@ -18,7 +18,7 @@ from gkdcli.models.network import build_cvae
 from gkdcli.runs import STAGE_FOLDER, Place, Run, relative_to_run
 from gkdcli.settings import CHANNELS
 from gkdcli.tasks.trained import ROLE, task_of
-from gkdcli.training.memory import expected_bytes, resident_bytes
+from gkdcli.training.memory import expected_bytes, resident_bytes, state_bytes
 from gkdcli.training.schedule import schedule_of
 from gkdcli.training.teacher_cache import bytes_per_view, views_of
 
@@ -46,7 +46,6 @@ def plan_of(
         generators = 0 if plain else sum(part.numel() for part in build_cvae(network).parameters())
     views = 0 if plain or stage != "distill" else views_of(settings)
     cache_bytes = views * len(dataset) * bytes_per_view(network.shapes, settings)
-    moments = 1 if settings.optim.algorithm == "sgd" else 2
     order = schedule_of(settings, len(dataset), not plain, launch.size)
     if not order.batches:
         raise GkdError(
@@ -85,8 +84,7 @@ def plan_of(
         "cvae_parameters": generators,
         "memory_bytes": memory,
         "teacher_cache_bytes": cache_bytes,
-        "checkpoint_bytes": 4
-        * ((1 + moments + bool(settings.optim.ema)) * found.parameters + 3 * generators),
+        "checkpoint_bytes": state_bytes(settings, found.parameters, generators),
         "free_bytes": free_bytes(place.root),
         "runs": str(place.runs(stage)),
     }

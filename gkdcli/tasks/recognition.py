@@ -9,7 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from gkdcli.console import Progress
+from gkdcli.console import Progress, silent
 from gkdcli.data.clips import ClipDataset
 from gkdcli.data.store import Store
 from gkdcli.evaluation.fusion import fuse
@@ -95,7 +95,7 @@ def held_out_score(
         batch_size=settings.eval.batch_size,
         device=device,
         workers=settings.train.workers if limit is None else 0,
-        tick=lambda done, text="", rows=None: None,
+        tick=silent,
         limit=limit,
     )
     return float((class_scores(logits, settings.recipe).argmax(1) == labels).mean())

@@ -12,6 +12,7 @@ import torch
 
 from gkdcli.models.cost import Cost
 from gkdcli.settings import Settings
+from gkdcli.training.steps import has_spliced
 
 MARGIN = 1.1  # what allocators lose between tensors: seen at full size on the CPU
 KERNELS = 3  # tensors like the largest one that an operation and its gradient hold for a moment
@@ -39,6 +40,18 @@ def peak_resident_bytes() -> int:
     return most if sys.platform == "darwin" else most * 1024
 
 
+def state_bytes(settings: Settings, trained: int, generators: int) -> int:
+    """What a run goes on with, in memory as in a checkpoint: weights, their mean, moments of the optimisers.
+
+    Args:
+        settings: the page.
+        trained: parameters of the network that is trained.
+        generators: parameters of its CVAEs.
+    """
+    moments = 1 if settings.optim.algorithm == "sgd" else 2
+    return 4 * ((1 + moments + bool(settings.optim.ema)) * trained + 3 * generators)
+
+
 def expected_bytes(settings: Settings, network: Cost, generators: int, teacher: int, clip_values: int) -> int:
     """What the tensors of a training step come to at most, in float32: weights, optimisers, what is kept.
 
@@ -52,11 +65,10 @@ def expected_bytes(settings: Settings, network: Cost, generators: int, teacher: 
         clip_values: numbers in a clip.
     """
     trained, batch = network.parameters, settings.optim.batch_size
-    moments = 1 if settings.optim.algorithm == "sgd" else 2
-    held = 1 + moments + bool(settings.optim.ema)
-    steady = 4 * (held * trained + 3 * generators + teacher)
-    spliced = settings.task == "detection" and settings.distill.contrast_weight > 0
-    passed = 2 * batch if spliced else batch  # in the worst batch all clips have a spliced version
+    steady = state_bytes(settings, trained, generators) + 4 * teacher
+    passed = (
+        2 * batch if has_spliced(settings) else batch
+    )  # in the worst batch all clips have a spliced version
     steady += (5 * passed + batch) * clip_values  # as bytes, the next batch too, and as floats
     kept = passed * network.kept_bytes
     moment = KERNELS * passed * network.largest_bytes

@@ -12,7 +12,6 @@ from typing import Any
 from gkdcli.files import write_text
 
 FIRST = ("row", "step", "epoch", "part", "learning_rate", "seconds", "step_seconds", "wait_seconds", "loss")
-NO_TERMS = frozenset(FIRST)  # what a line has beside its terms
 
 
 def append(path: Path, entry: Mapping[str, Any]) -> None:
@@ -22,7 +21,9 @@ def append(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def read(path: Path) -> Iterator[dict[str, Any]]:
-    """The lines of a file that is there, up to one that a kill has cut short."""
+    """The lines up to one that a kill has cut short; none where there is no file yet."""
+    if not path.is_file():
+        return
     with open(path, encoding="utf-8", errors="replace") as handle:
         for line in handle:
             try:

@@ -97,7 +97,7 @@ class Group:
             accelerator=device.type,
             devices=here,
             num_nodes=self.size // here,
-            strategy=DDPStrategy(timeout=LONGEST),
+            strategy=DDPStrategy(),
         )
         # names of this start: under those of the one before, Gloo finds addresses where nobody is any more
         dist.init_process_group(

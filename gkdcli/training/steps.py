@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gkdcli.data.clock import spent
 from gkdcli.losses import distill as losses
 from gkdcli.models.layers import BATCH_NORMS
-from gkdcli.settings import DistillSettings
+from gkdcli.settings import DistillSettings, Settings
 from gkdcli.training.forward import Forward
 from gkdcli.training.noise import Noise
 
@@ -174,6 +174,11 @@ def _teach(networks: Networks, clips: Tensor, count: int) -> Taught:
     seen = spent("teacher_forward", see, networks.forward, networks.teacher, clips)
     ours, spliced = seen.divided(count)
     return Taught(ours.maps, spliced.maps)
+
+
+def has_spliced(settings: Settings) -> bool:
+    """Whether clips with background spliced in are among what networks are shown (METHOD.md 5)."""
+    return settings.task == "detection" and settings.distill.contrast_weight > 0
 
 
 def see(forward: Forward, network: Any, clips: Tensor) -> Seen:

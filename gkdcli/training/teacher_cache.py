@@ -22,7 +22,7 @@ from gkdcli.data.batches import ClipBatch, Clips, Keys
 from gkdcli.errors import GkdError
 from gkdcli.settings import Settings
 from gkdcli.training.schedule import NETWORK
-from gkdcli.training.steps import Taught
+from gkdcli.training.steps import Taught, has_spliced
 
 SCHEMA = 1
 CLIPS = 64  # of one part
@@ -43,11 +43,6 @@ def bytes_per_view(shapes: Mapping[str, Sequence[int]], settings: Settings) -> i
     """
     maps = 2 * sum(shape[0] * shape[1] for shape in shapes.values())  # float16
     return maps * (1 + has_spliced(settings))
-
-
-def has_spliced(settings: Settings) -> bool:
-    """Whether spliced clips are among what the teacher is shown."""
-    return settings.task == "detection" and settings.distill.contrast_weight > 0
 
 
 def fingerprint_of(teacher: Any, clips: Clips, settings: Settings) -> str:

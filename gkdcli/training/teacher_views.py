@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from gkdcli.console import Console, Ticker, counted
-from gkdcli.data.batches import ClipBatch, Clips, splice
+from gkdcli.data.batches import ClipBatch, Clips, Keys, splice
 from gkdcli.data.clips import normalise
 from gkdcli.data.loader import load
 from gkdcli.errors import GkdError, Interrupted
@@ -32,13 +33,11 @@ from gkdcli.settings import Settings
 from gkdcli.training.forward import Forward
 from gkdcli.training.processes import Group
 from gkdcli.training.schedule import NETWORK
-from gkdcli.training.steps import Maps, Networks, Taught, see
+from gkdcli.training.steps import Maps, Networks, Taught, has_spliced, see
 from gkdcli.training.teacher_cache import (
-    CLIPS,
     CachedClips,
     bytes_per_view,
     fingerprint_of,
-    has_spliced,
     views_of,
 )
 
@@ -221,26 +220,25 @@ def _compute(
 ) -> None:
     if not parts:
         return
-    size, done = settings.eval.batch_size, 0
-    keys = [
-        [(position, view, NETWORK) for position in cache.positions(number)[first : first + size]]
-        for view, number in parts
-        for first in range(0, CLIPS, size)
-        if cache.positions(number)[first : first + size]
-    ]
+    done = 0
+    batches_of = {part: _batches(cache, *part, settings.eval.batch_size) for part in parts}
+    keys = [batch for part in parts for batch in batches_of[part]]
     pin = device.type == "cuda"
     teacher.to(device)
     with contextlib.closing(load(cache.clips, keys, settings.train.workers, pin)) as batches:
-        for view, number in parts:
+        for part in parts:
             maps: list[tuple[Taught, Tensor | None]] = []
-            while sum(len(next(iter(given.maps.values()))) for given, _ in maps) < len(
-                cache.positions(number)
-            ):
-                batch = next(batches)
+            for batch in islice(batches, len(batches_of[part])):
                 maps.append(_teach(batch, teacher, forward, settings, cache.spliced, device))
                 done += len(batch.samples)
                 tick(done)
-            _write(cache, number, view, maps)
+            _write(cache, *part, maps)
+
+
+def _batches(cache: CachedClips, view: int, number: int, size: int) -> list[Keys]:
+    """What is read of the clips of a part, in batches."""
+    clips = [(position, view, NETWORK) for position in cache.positions(number)]
+    return [clips[first : first + size] for first in range(0, len(clips), size)]
 
 
 def _teach(
@@ -260,7 +258,7 @@ def _halves(maps: Maps) -> Maps:
     return {tap: value.half().cpu() for tap, value in maps.items()}
 
 
-def _write(cache: CachedClips, number: int, view: int, maps: Sequence[tuple[Taught, Tensor | None]]) -> None:
+def _write(cache: CachedClips, view: int, number: int, maps: Sequence[tuple[Taught, Tensor | None]]) -> None:
     """A part: maps (R, C, T') by tap; of spliced clips those there are, and in which row, -1 for none."""
     path = cache.part(number, view)
     with (

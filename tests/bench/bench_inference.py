@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gkdcli.console import silent
 from gkdcli.data.clips import normalise, read_frames, to_working_size
 from gkdcli.data.store import Store
 from gkdcli.data.windows import test_offsets
@@ -79,7 +80,7 @@ def main() -> None:
                     batch_size=page.eval.batch_size,
                     workers=0,
                     device=torch.device("cpu"),
-                    tick=lambda done, text="": None,
+                    tick=silent,
                 )
                 return [video.heads for video in found]
 

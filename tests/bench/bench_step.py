@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -34,6 +33,7 @@ from gkdcli.models.network import build_cvae
 from gkdcli.pipeline.train import forward_of
 from gkdcli.resolve import resolve
 from gkdcli.tasks.trained import chosen_device, task_of
+from gkdcli.training.memory import peak_bytes
 from gkdcli.training.steps import Networks
 from gkdcli.training.trainer import Trainer
 from tests.training.jobs import job_of_one_clip
@@ -127,11 +127,6 @@ def seconds(work: object) -> tuple[float, float]:
     return time.perf_counter() - began[0], time.process_time() - began[1]
 
 
-def peak_bytes() -> int:
-    """Of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--preset", choices=FACTS, default="ucf101")
@@ -150,7 +145,7 @@ def main() -> None:
     if given.memory:
         for _ in range(2):  # optimiser states are there from the second on
             iteration()
-        print(torch.cuda.max_memory_allocated() if given.device == "cuda" else peak_bytes())
+        print(peak_bytes(torch.device(given.device)))
         return
     iteration()
     iteration.plain()

@@ -2,8 +2,7 @@
 
     python -m tests.e2e.test_prepare_kills [KILLS [SEED [MINUTES]]]
 
-Real kills of real processes. A driver that has imported everything forks the command, so that the moments
-fall into its work and not into imports.
+Real kills of real processes.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -30,43 +28,17 @@ from gkdcli.data.store import Store
 from gkdcli.errors import ExitCode, GkdError
 from tests.conftest import run_gkd
 from tests.data.test_faults import content, write_videos
+from tests.e2e.driver import Driver, lives, sleep
 
 MODALITIES = {"rgb": ("rgb",), "flow": ("flow",), "both": ("rgb", "flow")}
-DRIVER = """
-import json, os, sys
-import gkdcli.data.extract, gkdcli.pipeline.prepare
-from gkdcli.cli import run, whole_app
-whole_app()
-for line in sys.stdin:
-    log, *words = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        os.setsid()
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for number in (1, 2):
-            os.dup2(handle, number)
-        code = run(words)
-        sys.stdout.flush()
-        os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
 
 
 class Commands:
     """One driver, one store at a time."""
 
     def __init__(self, folder: Path, videos: Path) -> None:
-        here = Path(__file__).parents[2]
         self.log, self.root, self.videos = folder / "log", folder / "root", videos
-        self._driver = subprocess.Popen(
-            [sys.executable, "-c", DRIVER],
-            cwd=here,
-            env=os.environ | {"PYTHONPATH": str(here), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
+        self._driver = Driver(self.log, "gkdcli.data.extract", "gkdcli.pipeline.prepare")
 
     @property
     def store(self) -> Path:
@@ -80,16 +52,11 @@ class Commands:
 
     def start(self, modality: str) -> int:
         """The process id."""
-        assert self._driver.stdin
-        assert self._driver.stdout
-        self._driver.stdin.write(json.dumps([str(self.log), *self.words(modality)]) + "\n")
-        self._driver.stdin.flush()
-        return int(self._driver.stdout.readline())
+        return self._driver.start(self.words(modality))
 
     def end(self, pid: int) -> int:
         """Waits for the exit code, and for all processes that belonged to the command."""
-        assert self._driver.stdout
-        code = int(self._driver.stdout.readline())
+        code = self._driver.end()
         deadline = time.monotonic() + 120
         with contextlib.suppress(ProcessLookupError):
             while True:
@@ -99,11 +66,7 @@ class Commands:
         return code
 
     def close(self) -> None:
-        assert self._driver.stdin
-        self._driver.stdin.close()
-        self._driver.wait(60)
-        assert self._driver.stdout
-        self._driver.stdout.close()
+        self._driver.close()
 
 
 def _session(session: int) -> list[int]:
@@ -157,15 +120,15 @@ class Study:
         """Waits for some moment of the command's life."""
         store = self.commands.store
         if moment == "any time":
-            _sleep(pid, self.rng.uniform(0, self.usual_sec))
+            sleep(pid, self.rng.uniform(0, self.usual_sec))
             return
         next_part = min(len(self.finished) + 1, self.parts)
         wanted = self.parts if moment == "towards the end" else self.rng.randint(next_part, self.parts)
-        while os.path.exists(f"/proc/{pid}/status") and _lives(pid):
+        while os.path.exists(f"/proc/{pid}/status") and lives(pid):
             if len(_finished(store, self.modalities)) >= wanted:
                 break
             time.sleep(0.003)
-        _sleep(pid, self.rng.uniform(0, 0.15 if moment == "towards the end" else 0.03))
+        sleep(pid, self.rng.uniform(0, 0.15 if moment == "towards the end" else 0.03))
 
     def kill(self) -> bool:
         """Starts the command and kills it, or a worker of it; False where it had ended before."""
@@ -249,20 +212,6 @@ def _opens_or_says_why(index: Path, finished: dict[Path, Any]) -> None:
             Store.open(index)
 
 
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
-
-
-def _sleep(pid: int, seconds: float) -> None:
-    """As long as the process lives."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and _lives(pid):
-        time.sleep(min(0.002, max(deadline - time.monotonic(), 0)))
-
-
 def kill_often(
     folder: Path, modality: str, kills: int, seed: int, until: float = float("inf")
 ) -> Counter[str]:
@@ -296,7 +245,7 @@ def running(tmp_path: Path) -> Iterator[tuple[Commands, int]]:
     """A command in the middle of its work; it stands still until the test lets it go on."""
     commands = Commands(tmp_path, write_videos(tmp_path) / "videos")
     pid = commands.start("both")
-    while not list(commands.store.glob("rgb/*/*.h5")) and _lives(pid):
+    while not list(commands.store.glob("rgb/*/*.h5")) and lives(pid):
         time.sleep(0.005)
     for process in _session(pid):
         os.kill(process, signal.SIGSTOP)

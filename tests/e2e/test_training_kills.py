@@ -2,8 +2,7 @@
 
     python -m tests.e2e.test_training_kills [--kills N] [--seed S] [--minutes M]
 
-Real kills of real processes. A driver that has imported everything forks the command, so that the moments
-fall into its work and not into imports. Weights, optimisers, best weights and metrics are compared with those
+Real kills of real processes. Weights, optimisers, best weights and metrics are compared with those
 of a run that nobody disturbed; times are not.
 """
 
@@ -16,7 +15,6 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,26 +30,8 @@ from safetensors.torch import load_file
 
 from gkdcli.runs import Run
 from tests.conftest import borrow, run_gkd
+from tests.e2e.driver import Driver, lives, sleep
 from tests.training.jobs import metrics_of, untimed
-
-DRIVER = """
-import json, os, sys
-import gkdcli.pipeline.train
-from gkdcli.cli import run, whole_app
-whole_app()
-for line in sys.stdin:
-    log, *words = json.loads(line)
-    pid = os.fork()
-    if pid == 0:
-        handle = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-        for number in (1, 2):
-            os.dup2(handle, number)
-        code = run(words)
-        sys.stdout.flush()
-        os._exit(code)
-    print(pid, flush=True)
-    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), flush=True)
-"""
 
 
 class Case(NamedTuple):
@@ -94,16 +74,8 @@ class Study:
         borrow(source, self.root)
         teachers = Path("runs") / case.preset / "pretrain-attention-rgb"
         shutil.copytree(source / teachers, self.root / teachers)
-        here = Path(__file__).parents[2]
-        self._driver = subprocess.Popen(
-            [sys.executable, "-c", DRIVER],
-            cwd=here,
-            env=os.environ | {"PYTHONPATH": str(here), "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._end(self._start(resume=False)) == 0, self.log.read_text()
+        self._driver = Driver(self.log, "gkdcli.pipeline.train")
+        self._undisturbed(resume=False)
         self.whole = self._run()
         self.wanted = state(self.whole)
         self.steps = [line for line in metrics_of(self.whole) if "mean" not in line]
@@ -113,22 +85,11 @@ class Study:
     # ---- the command ----
 
     def _start(self, resume: bool) -> int:
-        assert self._driver.stdin
-        assert self._driver.stdout
-        self._driver.stdin.write(json.dumps([str(self.log), *self.case.words(self.root, resume)]) + "\n")
-        self._driver.stdin.flush()
-        return int(self._driver.stdout.readline())
+        return self._driver.start(self.case.words(self.root, resume))
 
-    def _end(self, pid: int) -> int:
-        assert self._driver.stdout
-        return int(self._driver.stdout.readline())
-
-    def close(self) -> None:
-        assert self._driver.stdin
-        self._driver.stdin.close()
-        self._driver.wait(60)
-        assert self._driver.stdout
-        self._driver.stdout.close()
+    def _undisturbed(self, resume: bool) -> None:
+        self._start(resume)
+        assert self._driver.end() == 0, self.log.read_text()
 
     def _run(self) -> Run | None:
         """The run in work."""
@@ -157,18 +118,18 @@ class Study:
         pid = self._start(resume=run is not None)
         if kind == "end":
             self._await(pid, lambda: _saved(self._run()) >= len(self.steps))
-            self._sleep(pid, self.rng.uniform(0, 0.5))
+            sleep(pid, self.rng.uniform(0, 0.5))
         elif kind == "start":
-            self._sleep(pid, self.rng.uniform(0, 2.0))
+            sleep(pid, self.rng.uniform(0, 2.0))
         elif kind == "turn":  # another stage or epoch is to begin
             self._await(pid, lambda: _saved(self._run()) >= ahead[0])
         else:
             step = min(done + self.rng.randint(1, 4), len(self.steps))
             self._await(pid, lambda: _lines(self._run()) >= step)
-            self._sleep(pid, self.rng.choice([0.0, self.rng.uniform(0, 0.2)]))
+            sleep(pid, self.rng.choice([0.0, self.rng.uniform(0, 0.2)]))
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        code = self._end(pid)
+        code = self._driver.end()
         if code == 0:
             self.seen["ended before the kill"] += 1
             self.compare()
@@ -180,13 +141,8 @@ class Study:
     def _await(self, pid: int, come: Callable[[], bool]) -> None:
         """Until something has come, or the process ends."""
         deadline = time.monotonic() + 300
-        while _lives(pid) and time.monotonic() < deadline and not come():
+        while lives(pid) and time.monotonic() < deadline and not come():
             time.sleep(0.002)
-
-    def _sleep(self, pid: int, seconds: float) -> None:
-        until = time.monotonic() + seconds
-        while time.monotonic() < until and _lives(pid):
-            time.sleep(0.001)
 
     def _moment(self) -> str:
         """What the kill met."""
@@ -222,9 +178,9 @@ class Study:
         """The run in work goes on undisturbed."""
         run = self._run()
         if run is None or run.state != "complete":
-            assert self._end(self._start(resume=run is not None)) == 0, self.log.read_text()
+            self._undisturbed(resume=run is not None)
         self.compare()
-        self.close()
+        self._driver.close()
 
 
 def state(run: Run) -> dict[str, Any]:
@@ -270,13 +226,6 @@ def _saved(run: Run | None) -> int:
         return 0
     with safe_open(run.last, framework="pt") as file:
         return int(json.loads(file.metadata()["position"])["step"])
-
-
-def _lives(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
 
 
 def kill_often(

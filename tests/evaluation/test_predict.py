@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from gkdcli.console import silent
 from gkdcli.data.clips import ClipDataset, normalise
 from gkdcli.data.store import Store
 from gkdcli.errors import GkdError
@@ -89,7 +90,7 @@ def test_spent_memory_names_the_setting_that_needs_less(dataset):
             batch_size=4,
             workers=0,
             device=torch.device("cpu"),
-            tick=lambda done, text="": None,
+            tick=silent,
         )
     assert "--set eval.batch_size=2" in caught.value.hint
 

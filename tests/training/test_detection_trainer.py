@@ -23,7 +23,7 @@ from gkdcli.runs import Run
 from gkdcli.settings import Settings
 from gkdcli.tasks import detection
 from gkdcli.tasks.trained import norms_of
-from gkdcli.training.metrics import NO_TERMS
+from gkdcli.training.metrics import FIRST
 from gkdcli.training.trainer import Trainer
 from tests.stores import Video, make_store, picture
 from tests.training import detection_jobs
@@ -151,7 +151,7 @@ def test_every_term_is_logged_and_their_weighted_sum_is_the_loss(undisturbed, na
     steps = [line for line in metrics_of(run) if "mean" not in line]
     shared = settings.train.schedule == "step"
     for line in steps:
-        names = set(line) - NO_TERMS
+        names = set(line) - {*FIRST}
         wanted = set(GENERATOR) if line["part"] == "generator" else set(NETWORK)
         wanted |= set(GENERATOR) if shared else set()
         wanted |= set(SPLICED) if line["part"] == "network" and "boundary_contrast" in names else set()
@@ -171,7 +171,7 @@ def test_means_are_over_the_clips_that_have_a_term(undisturbed, name):
     for epoch in (1, 2):
         steps = [line for line in lines if line["epoch"] == epoch and "mean" not in line]
         (means,) = (line["mean"] for line in lines if line["epoch"] == epoch and "mean" in line)
-        assert set(means) == {name for line in steps for name in line} - NO_TERMS
+        assert set(means) == {name for line in steps for name in line} - {*FIRST}
         for term, mean in means.items():
             values = [line[term] for line in steps if term in line]  # all batches are of the same size
             assert mean == pytest.approx(sum(values) / len(values), rel=1e-6)
