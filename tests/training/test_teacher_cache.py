@@ -45,7 +45,6 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 @pytest.fixture(autouse=True)
 def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(teacher_cache, "CLIPS", 2)
-    monkeypatch.setattr(teacher_views, "CLIPS", 2)
 
 
 def page(views: int, **changes: Any) -> Settings:
