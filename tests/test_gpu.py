@@ -65,7 +65,7 @@ def test_boundary_pooling_and_its_gradient_agree_with_the_cpu() -> None:
     segments[0, 0] = torch.tensor([-torch.inf, torch.inf, torch.inf, -torch.inf])
     found = []
     for device in ("cpu", "cuda"):
-        leaf = feature.to(device).requires_grad_()
+        leaf = feature.to(device, copy=True).requires_grad_()
         pooled = boundary_max_pool(leaf, segments.to(device))
         pooled.square().sum().backward()
         assert leaf.grad is not None
@@ -100,7 +100,8 @@ def test_tvl1_on_the_device_is_that_of_the_cpu_and_never_waits(fused: bool) -> N
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert torch.linalg.vector_norm(found.cpu() - wanted, dim=1).mean() < 0.02
-    assert not found[0].any()  # nothing moves in the first, and what the others go on doing leaves it alone
+    # nothing moves in the first, and what the others go on doing leaves it alone; 1e-17 px is rounding
+    assert found[0].abs().max() < 1e-6
 
 
 def test_flow_is_prepared_on_the_device(gkd, tmp_path) -> None:

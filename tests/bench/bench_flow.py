@@ -1,6 +1,6 @@
 """Pairs of frames per second of TV-L1 in PyTorch against OpenCV's, one thread each, on the same pairs.
 
-    python tests/bench/bench_flow.py [--videos DIR] [--pairs N] [--rounds N] [--device cuda] [--batch N]
+    python tests/bench/bench_flow.py [--videos DIR] [--pairs N] [--rounds N] [--device cuda] [--batch N] [--profile]
 
 Without DIR moving textures are drawn, 340x256. Both take turns, CPU seconds count, the best round of each;
 the mean end-point difference is asserted. With `--device cuda` a batch runs on the GPU instead: pairs per
@@ -110,7 +110,7 @@ def bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / best(10, time.perf_counter, copy)[0]
 
 
-def on_cuda(pairs: list[Pair], rounds: int) -> None:
+def on_cuda(pairs: list[Pair], rounds: int, profile: bool) -> None:
     device = torch.device("cuda")
     before, after = (frames.to(device) for frames in stacked(pairs))
     compiled, note = compiled_tvl1("cuda")
@@ -126,6 +126,11 @@ def on_cuda(pairs: list[Pair], rounds: int) -> None:
             torch.cuda.synchronize()
 
         run()
+        if profile:
+            with torch.profiler.profile() as kernels:
+                run()
+            print(kernels.key_averages().table(sort_by="self_cuda_time_total", row_limit=25))
+            return
         torch.cuda.reset_peak_memory_stats()
         (seconds,) = best(rounds, time.perf_counter, run)
     # a pair that has stopped costs as much as one that goes on: the slowest of the batch counts for all
@@ -149,10 +154,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="pairs on the GPU")
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--profile", action="store_true", help="print the kernels of the GPU that take longest"
+    )
     given = parser.parse_args()
     count = given.batch if given.device == "cuda" else given.pairs
     pairs = real(given.videos, count) if given.videos else drawn(count)
-    (on_cuda if given.device == "cuda" else on_cpu)(pairs, given.rounds)
+    if given.device == "cuda":
+        on_cuda(pairs, given.rounds, given.profile)
+    else:
+        on_cpu(pairs, given.rounds)
 
 
 if __name__ == "__main__":

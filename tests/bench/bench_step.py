@@ -19,103 +19,15 @@ import statistics
 import subprocess
 import sys
 import time
-from functools import partial
-from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before it is read: see `seconds`
 import torch
-from lightning_fabric import Fabric
 
-from gkdcli.data.batches import ClipBatch
-from gkdcli.data.clips import normalise
-from gkdcli.models.cost import cost
-from gkdcli.models.network import build_cvae
-from gkdcli.pipeline.train import forward_of
-from gkdcli.resolve import resolve
-from gkdcli.tasks.trained import chosen_device, task_of
 from gkdcli.training.memory import peak_bytes
-from gkdcli.training.steps import Networks
-from gkdcli.training.trainer import Trainer
-from tests.training.jobs import job_of_one_clip
+from tests.bench.iteration import Iteration
 
-# classes, and what the published code's iteration takes: plain forwards and GB, with a spliced clip too
-FACTS = {"ucf101": (101, 6.7, 8.7, None, None), "thumos14": (20, 6.7, 5.4, 8.9, 7.1)}
-FORWARDS = {"epoch": 2, "step": 1}  # of the student
-
-
-class Iteration:
-    """Everything of `gkd distill <preset>` but the reading of clips."""
-
-    def __init__(self, given: argparse.Namespace) -> None:
-        preset, spliced = given.preset, given.spliced
-        sets = [
-            "optim.batch_size=1",
-            f"train.device={given.device}",
-            f"train.threads={given.threads}",
-            f"train.schedule={given.schedule}",
-            f"train.precision={given.precision}",
-            f"train.checkpoint_activations={str(given.recompute).lower()}",
-        ]
-        page = resolve(preset, stage="distill", modality="rgb", root=Path(), sets=sets).settings
-        self.parts = (0, 1) if given.schedule == "epoch" else (0,)
-        device = chosen_device(page)
-        torch.manual_seed(0)
-        task, classes = task_of(page), FACTS[preset][0]
-        teacher, student = (task.build_network(page, role, classes, "rgb") for role in ("teacher", "student"))
-        student.hold_norms("held" if page.task == "detection" else "trained")
-        if given.recompute:
-            student.recompute()
-        self.teacher = teacher
-        self.forward = forward_of(page, device)
-        networks = Networks(student, build_cvae(student), teacher, build_cvae(teacher), self.forward)
-        job = job_of_one_clip(networks, page, task)
-        self.trainer = Trainer(job, None, None, Fabric(accelerator=given.device, devices=1))
-        clip = torch.randint(0, 256, (1, 3, page.clips.length, page.clips.crop, page.clips.crop))
-        targets = {"labels": torch.tensor([10])} if page.task == "recognition" else actions(spliced)
-        self.batch = ClipBatch(clip.to(torch.uint8), targets, [0])
-        self.clip = normalise(self.batch.clips.to(device), page.clips)
-        if given.teacher_cache:
-            for tap, (channels, time, *_) in teacher.shapes.items():
-                for name in [f"teacher.{tap}"] + [f"teacher.spliced.{tap}"] * spliced:
-                    targets[name] = torch.rand(1, channels, time).half()
-            networks.teacher = None
-        build = partial(task.build_network, page, classes=classes, modality="rgb")
-        parts = ("teacher", "student")
-        self.gmac = [cost(lambda p=p: build(role=p).backbone, clip.shape[1:]).gmac for p in parts]
-
-    def __call__(self) -> dict[str, float]:
-        """Both stages; returns all terms."""
-        values = {}
-        for part in self.parts:
-            self.trainer.position.step = part
-            values |= self.trainer._step(self.batch)
-        return values
-
-    @torch.inference_mode()
-    def plain(self) -> torch.Tensor:
-        """The I3D forward that the ratio is to."""
-        return self.forward.features(self.teacher, self.clip)["Mixed_5c"]
-
-    def floor(self, given: argparse.Namespace) -> float:
-        """The backbones' multiply-adds, in plain forwards; the way back takes twice the way there."""
-        teacher, student = self.gmac
-        seen = (FORWARDS[given.schedule] - 1) * student + (1 + given.spliced) * 3 * student
-        return (seen + (0 if given.teacher_cache else (1 + given.spliced) * teacher)) / teacher
-
-
-def actions(spliced: bool) -> dict[str, torch.Tensor]:
-    """Two actions of a clip of 256 frames, and the second with background spliced in."""
-    order = torch.arange(256)[None]
-    order[0, 150:170] = torch.arange(20)
-    return {
-        "segments": torch.tensor([[[30.0, 80.0], [120.0, 200.0]]]),
-        "labels": torch.tensor([[3, 7]]),
-        "valid": torch.ones(1, 2, dtype=torch.bool),
-        "maps": torch.zeros(1, 2, 256),
-        "splices": order,
-        "spliced": torch.tensor([spliced]),
-        "proposals": torch.tensor([[[120.0, 150.0], [170.0, 220.0], [151.0, 169.0]]]),
-    }
+# what the published code's iteration takes: plain forwards and GB, with a spliced clip too
+PUBLISHED = {"ucf101": (6.7, 8.7, None, None), "thumos14": (6.7, 5.4, 8.9, 7.1)}
 
 
 def seconds(work: object) -> tuple[float, float]:
@@ -129,8 +41,8 @@ def seconds(work: object) -> tuple[float, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
-    parser.add_argument("--preset", choices=FACTS, default="ucf101")
-    parser.add_argument("--schedule", choices=FORWARDS, default="epoch")
+    parser.add_argument("--preset", choices=PUBLISHED, default="ucf101")
+    parser.add_argument("--schedule", choices=["epoch", "step"], default="epoch")
     parser.add_argument("--teacher-cache", action="store_true", help="the teacher's attention is known")
     parser.add_argument("--precision", choices=["32", "bf16"], default="32", help="bf16: on GPUs only")
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -141,7 +53,15 @@ def main() -> None:
     parser.add_argument("--profile", action="store_true", help="print the operations that take longest")
     parser.add_argument("--memory", action="store_true", help="only the peak of two iterations, in bytes")
     given = parser.parse_args()
-    iteration = Iteration(given)
+    sets = [
+        "optim.batch_size=1",
+        f"train.device={given.device}",
+        f"train.threads={given.threads}",
+        f"train.schedule={given.schedule}",
+        f"train.precision={given.precision}",
+        f"train.checkpoint_activations={str(given.recompute).lower()}",
+    ]
+    iteration = Iteration(given.preset, "distill", sets, given.spliced, given.teacher_cache)
     if given.memory:
         for _ in range(2):  # optimiser states are there from the second on
             iteration()
@@ -167,7 +87,7 @@ def main() -> None:
             [sys.executable, __file__, "--memory", *sys.argv[1:]], check=True, capture_output=True, text=True
         ).stdout
     )
-    published = FACTS[given.preset][3 if given.spliced else 1 :]
+    published = PUBLISHED[given.preset][2 if given.spliced else 0 :]
     print(f"threads             {given.threads}")
     for kind, name in enumerate(("by the clock", "of the CPU")):
         step, plain = ([one[kind] for one in taken] for taken in (steps, plains))
@@ -176,7 +96,7 @@ def main() -> None:
             each = ", ".join(f"{one:.2f}" for one in taken)
             print(f"  {what:<18}{statistics.median(taken):.2f} s ({each})")
         print(f"  ratio             {statistics.median(step) / statistics.median(plain):.2f}")
-    print(f"floor               {iteration.floor(given):.2f}")
+    print(f"floor               {iteration.floor():.2f}")
     print(f"peak memory         {memory / 1e9:.2f} GB")
     print(f"published code      ratio {published[0]}, {published[1]} GB")
 
