@@ -44,16 +44,45 @@ def max_pool(x: Tensor, kernel: Size3, stride: Size3) -> Tensor:
     networks follows a ReLU; `ceil_mode` supplies the odd element at the end. So no padded copy is made.
     """
     before = [same_padding(size, k, s)[0] for size, k, s in zip(x.shape[2:], kernel, stride, strict=True)]
-    if x.device.type != "cpu":
+    learns = torch.is_grad_enabled() and x.requires_grad
+    if x.device.type == "cuda":
+        # with gradients, seen on an H100: 1.2 to 3 times as fast where it moves by one, and slower elsewhere
+        if (stride == (1, 1, 1) or not learns) and x.numel() < 2**31:  # the most that its kernels count to
+            return pool_by_axes(x, kernel, stride, before)
         return F.max_pool3d(x, kernel, stride, before, ceil_mode=True)
     # Seven times as fast in this layout, which pays for the way there and back.
-    if not (torch.is_grad_enabled() and x.requires_grad):
+    if not learns:
         pooled = F.max_pool3d(x.contiguous(memory_format=LAYOUT), kernel, stride, before, ceil_mode=True)
         return pooled.contiguous() if x.is_contiguous() else pooled
     # Where gradients take it too, it pays for the smaller pictures, of many channels.
     if x.is_contiguous() and x.shape[3] * x.shape[4] <= 1024 and not torch.compiler.is_compiling():
         return _Pool.apply(x, kernel, stride, before)  # type: ignore[no-any-return]
     return F.max_pool3d(x, kernel, stride, before, ceil_mode=True)
+
+
+def pool_by_axes(x: Tensor, kernel: Size3, stride: Size3, before: list[int]) -> Tensor:
+    """Max pooling within the pictures, then along time: GPUs have faster kernels for two axes than for three.
+
+    Args:
+        x: (B, C, T, H, W), in either layout, which the result has too.
+        kernel: along T, H, W.
+        stride: likewise.
+        before: padding at the start of each.
+    """
+    batch, _, time, height, width = x.shape
+    outer = x.is_contiguous()
+    if kernel[1:] != (1, 1):
+        pictures = x.flatten(1, 2) if outer else x.transpose(1, 2).flatten(0, 1)
+        pictures = F.max_pool2d(pictures, kernel[1:], stride[1:], before[1:], ceil_mode=True)
+        height, width = pictures.shape[2:]
+        if outer:
+            x = pictures.view(batch, -1, time, height, width)
+        else:
+            x = pictures.view(batch, time, -1, height, width).transpose(1, 2)
+    if kernel[0] == 1 == stride[0]:
+        return x
+    lines = F.max_pool2d(x.flatten(3), (kernel[0], 1), (stride[0], 1), (before[0], 0), ceil_mode=True)
+    return lines.view(*lines.shape[:3], height, width)
 
 
 class _Pool(torch.autograd.Function):
@@ -88,6 +117,11 @@ def convolve(x: Tensor, weight: Tensor, stride: Size3, padding: list[int]) -> Te
         stride: along T, H, W.
         padding: at either side of each.
     """
+    if x.device.type == "cuda" and x.shape[1] < 4 and max(stride) > 1 and not any(padding):
+        if torch.is_autocast_enabled("cuda"):  # moved in fewer bytes
+            x = x.to(torch.get_autocast_dtype("cuda"))
+        inner = not weight.is_contiguous()
+        return folded(x.contiguous(memory_format=LAYOUT) if inner else x, weight, stride)
     learns = torch.is_grad_enabled() and x.requires_grad and weight.requires_grad
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
     traced = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")
@@ -95,6 +129,37 @@ def convolve(x: Tensor, weight: Tensor, stride: Size3, padding: list[int]) -> Te
     if learns and plain and same and not traced and _ONEDNN:
         return _Convolution.apply(x, weight, padding)  # type: ignore[no-any-return]
     return F.conv3d(x, weight, None, stride, padding)
+
+
+def folded(x: Tensor, weight: Tensor, stride: Size3) -> Tensor:
+    """conv3d without bias and padding, as one of stride 1 whose channels are blocks of `stride` px.
+
+    GPUs multiply 8 channels and more at once; of the 2 or 3 of a clip they make next to nothing: on an H100
+    the teacher's first convolution takes a fifth of the time this way.
+
+    Args:
+        x: (B, in, T, H, W).
+        weight: (out, in, t, h, w).
+        stride: along T, H, W.
+    """
+    kernel, axes = weight.shape[2:], range(3)
+    blocks = [-(-kernel[n] // stride[n]) for n in axes]
+    ends = [((x.shape[2 + n] - kernel[n]) // stride[n] + blocks[n]) * stride[n] for n in axes]
+    x = _blocks(x, ends, stride)
+    weight = _blocks(weight, [blocks[n] * stride[n] for n in axes], stride)
+    return F.conv3d(x, weight)
+
+
+def _blocks(x: Tensor, ends: list[int], sides: Size3) -> Tensor:
+    """(N, C, T, H, W), cut or padded to `ends` -> (N, C * t * h * w, T / t, H / h, W / w), in its layout."""
+    inner = not x.is_contiguous()
+    x = F.pad(x, [amount for n in (2, 1, 0) for amount in (0, ends[n] - x.shape[2 + n])])
+    for axis in (4, 3, 2):
+        shape = (*x.shape[:axis], -1, sides[axis - 2], *x.shape[axis + 1 :])
+        x = x.view(shape)  # at last (N, C, T/t, t, H/h, h, W/w, w)
+    if inner:
+        return x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4).movedim(-1, 1)
+    return x.permute(0, 1, 3, 5, 7, 2, 4, 6).flatten(1, 4)
 
 
 class _Convolution(torch.autograd.Function):

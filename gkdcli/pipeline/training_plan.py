@@ -18,7 +18,7 @@ from gkdcli.models.network import build_cvae
 from gkdcli.runs import STAGE_FOLDER, Place, Run, relative_to_run
 from gkdcli.settings import CHANNELS
 from gkdcli.tasks.trained import ROLE, task_of
-from gkdcli.training.memory import expected_bytes, resident_bytes, state_bytes
+from gkdcli.training.memory import WORKSPACE, expected_bytes, resident_bytes, state_bytes
 from gkdcli.training.schedule import schedule_of
 from gkdcli.training.teacher_cache import bytes_per_view, views_of
 
@@ -55,7 +55,8 @@ def plan_of(
             "`--batch-size` makes it smaller, or fewer processes",
         )
     # of a GPU its tensors alone; of the CPU all that the process holds
-    memory = resident_bytes() if settings.train.device == "cpu" or not torch.cuda.is_available() else 0
+    on_cpu = settings.train.device == "cpu" or not torch.cuda.is_available()
+    memory = resident_bytes() if on_cpu else WORKSPACE
     distilled = teacher_run is not None and not plain
     theirs = teacher_run.record["parameters"] + generators if teacher_run and distilled else 0
     memory += expected_bytes(settings, found, generators, theirs, math.prod(clip))

@@ -15,6 +15,8 @@ from gkdcli.settings import Settings
 from gkdcli.training.steps import has_spliced
 
 MARGIN = 1.1  # what allocators lose between tensors: seen at full size on the CPU
+WORKSPACE = 64 << 20  # of a GPU's libraries, whatever they work at
+IN_16_BITS = 0.7  # of what is kept in float32, seen on an H100: places of maxima stay what they are
 KERNELS = 3  # tensors like the largest one that an operation and its gradient hold for a moment
 
 
@@ -53,7 +55,7 @@ def state_bytes(settings: Settings, trained: int, generators: int) -> int:
 
 
 def expected_bytes(settings: Settings, network: Cost, generators: int, teacher: int, clip_values: int) -> int:
-    """What the tensors of a training step come to at most, in float32: weights, optimisers, what is kept.
+    """What the tensors of a training step come to at most: weights, optimisers, what is kept.
 
     Of the two stages the one that takes more counts.
 
@@ -70,8 +72,9 @@ def expected_bytes(settings: Settings, network: Cost, generators: int, teacher: 
         2 * batch if has_spliced(settings) else batch
     )  # in the worst batch all clips have a spliced version
     steady += (5 * passed + batch) * clip_values  # as bytes, the next batch too, and as floats
-    kept = passed * network.kept_bytes
-    moment = KERNELS * passed * network.largest_bytes
+    share = 1.0 if settings.train.precision == "32" else IN_16_BITS
+    kept = round(share * passed * network.kept_bytes)
+    moment = round(share * KERNELS * passed * network.largest_bytes)
     network_stage = kept + max(moment, 4 * trained - kept)  # gradients come as what is kept goes
     shared = settings.train.schedule == "step"
     generator_stage = 4 * generators + (kept if shared else moment)

@@ -81,6 +81,8 @@ class Group:
         Raises:
             GkdError: more processes than GPUs, or one of the others has failed.
         """
+        for name in ("lightning_fabric", "lightning.fabric"):
+            logging.getLogger(name).setLevel(logging.WARNING)
         if self.size == 1:  # leftovers of a cluster's environment have no say
             return Fabric(accelerator=device.type, devices=1, plugins=LightningEnvironment())
         here = self.launch.local_size
@@ -91,8 +93,6 @@ class Group:
                 f"`--nproc-per-node {torch.cuda.device_count()}`",
             )
         self._meet("started")  # or else the one that fails before this leaves the others in the next lines
-        for name in ("lightning_fabric", "lightning.fabric"):
-            logging.getLogger(name).setLevel(logging.WARNING)
         fabric = Fabric(
             accelerator=device.type,
             devices=here,

@@ -1,6 +1,7 @@
 """Pairs of frames per second of TV-L1 in PyTorch against OpenCV's, one thread each, on the same pairs.
 
-    python tests/bench/bench_flow.py [--videos DIR] [--pairs N] [--rounds N] [--device cuda] [--batch N] [--profile]
+    python tests/bench/bench_flow.py [--videos DIR] [--pairs N] [--rounds N]
+        [--device cuda] [--batch N] [--profile]
 
 Without DIR moving textures are drawn, 340x256. Both take turns, CPU seconds count, the best round of each;
 the mean end-point difference is asserted. With `--device cuda` a batch runs on the GPU instead: pairs per

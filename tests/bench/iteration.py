@@ -57,11 +57,12 @@ class Iteration:
             job_of_one_clip(networks, page, task), None, None, Fabric(accelerator=self.device.type, devices=1)
         )
         self.teacher.to(self.device)
-        clips = torch.randint(0, 256, (batch, 3, page.clips.length, page.clips.crop, page.clips.crop))
+        shape = (batch, 3, page.clips.length, page.clips.crop, page.clips.crop)
+        clips = torch.randint(0, 256, shape, dtype=torch.uint8)
         targets = {"labels": torch.full((batch,), 10)}
         if page.task == "detection":
             targets = {name: value.repeat_interleave(batch, 0) for name, value in actions(spliced).items()}
-        self.batch = ClipBatch(clips.to(torch.uint8), targets, list(range(batch)))
+        self.batch = ClipBatch(clips, targets, list(range(batch)))
         self.clips = normalise(self.batch.clips.to(self.device), page.clips)
         if cached:
             for tap, (channels, time, *_) in self.teacher.shapes.items():

@@ -14,9 +14,11 @@ from gkdcli.models.layers import (
     Unit,
     collapse,
     convolve,
+    folded,
     groups,
     initialise,
     max_pool,
+    pool_by_axes,
     same_padding,
     scaled,
     spread,
@@ -103,6 +105,45 @@ def test_the_faster_pool_sends_gradients_where_pytorchs_does(kernel, stride, siz
     assert torch.equal(got, wanted)
     gradient = torch.randn_like(got)
     assert torch.equal(*(torch.autograd.grad(pooled, x, gradient)[0] for pooled in (got, wanted)))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAYOUT])
+@pytest.mark.parametrize(("kernel", "stride", "size"), CASES[2:])
+def test_pooling_by_axes_as_on_gpus_is_pooling_and_keeps_the_layout(kernel, stride, size, layout):
+    torch.manual_seed(0)
+    x = torch.relu(torch.randn(2, 5, *size)).contiguous(memory_format=layout).requires_grad_()
+    before = [same_padding(n, k, s)[0] for n, k, s in zip(size, kernel, stride, strict=True)]
+    got = pool_by_axes(x, kernel, stride, before)
+    wanted = F.max_pool3d(x, kernel, stride, before, ceil_mode=True)
+    assert torch.equal(got, wanted)
+    assert got.is_contiguous(memory_format=layout)
+    gradient = torch.randn_like(got)
+    ours, theirs = (torch.autograd.grad(pooled, x, gradient)[0] for pooled in (got, wanted))
+    taken = x > 0  # of equal maxima each takes another, and these are zeros that ReLU lets nothing through
+    torch.testing.assert_close(ours[taken], theirs[taken])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAYOUT])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "size"),
+    [
+        ((7, 7, 7), (2, 2, 2), (21, 37, 36)),
+        ((1, 7, 7), (1, 2, 2), (5, 20, 21)),
+        ((3, 3, 3), (1, 2, 2), (7, 9, 9)),
+    ],
+)
+def test_a_convolution_on_blocks_as_on_gpus_is_that_convolution(kernel, stride, size, layout):
+    torch.manual_seed(0)
+    x, weight = (
+        torch.randn(*shape, dtype=torch.float64).contiguous(memory_format=layout).requires_grad_()
+        for shape in ((2, 3, *size), (5, 3, *kernel))
+    )
+    got, wanted = folded(x, weight, stride), F.conv3d(x, weight, None, stride)
+    torch.testing.assert_close(got, wanted)
+    gradient = torch.randn_like(wanted)
+    pairs = (torch.autograd.grad(y, (x, weight), gradient) for y in (got, wanted))
+    for found, expected in zip(*pairs, strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize(("kernel", "inputs"), [((1, 3, 3), 3), ((3, 3, 3), 70), ((1, 1, 1), 5)])

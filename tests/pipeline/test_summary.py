@@ -73,6 +73,10 @@ def test_expected_memory_follows_batch_optimiser_and_schedule():
     assert expected() == pytest.approx(small, abs=1)
     assert expected(optim__algorithm="sgd") == pytest.approx(small - 4000, abs=1)
     assert expected(optim__batch_size=4) == pytest.approx(small + 12 * 100 + 2 * 53_000, abs=1)
+    kept = 2 * 50_000 + 3 * 2 * 1000
+    assert expected(train__schedule="step", train__precision="bf16") == pytest.approx(
+        small - 0.3 * kept, abs=2
+    )
     detection = {"task": "detection", "clips": {"length": 128, "crop": 32}}
     assert expected(**detection) - expected(**detection, distill__contrast_weight=0) == pytest.approx(
         2 * 53_000 + 2 * 500, abs=1
