@@ -130,6 +130,8 @@ def train(
     known = None
     if settings.train.teacher_cache and networks.teacher is not None and teacher_run is not None:
         dataset, known = let_it_teach(networks, dataset, place, teacher_run, run, device, group, console)
+    elif settings.train.teacher_cache and stage == "distill":
+        console.note("train.teacher_cache is not used: the plain student has no teacher")
     resumed = run is not None
     if run is None and not profile:
         record = record_of(place, store, held, teacher_run, began, plan) | {"teacher_cache": known}

@@ -268,6 +268,8 @@ def test_the_command_trains_and_resumes_with_it_and_refuses_another_number_of_vi
     run = Run(Path(again.err.split("continuing ")[1].split(" at epoch")[0]))
     assert run.state == "complete"
     assert (root / "stores/demo-tiny/rgb.attention" / run.record["teacher_cache"]).is_dir()
+    alone = gkd(*words, "--teacher-cache", 2, "--set", "distill.method=none", "--max-steps", 1).must()
+    assert "train.teacher_cache is not used" in alone.err
 
 
 @pytest.mark.slow
