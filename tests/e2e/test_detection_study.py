@@ -12,7 +12,10 @@ import pytest
 from tests.readme import GKD
 
 pytestmark = pytest.mark.slow
-LONGER = {"pretrain-attention": ("--epochs", "18"), "distill": ("--epochs", "16")}
+LONGER = {
+    "pretrain-attention": ("--epochs", "18"),
+    "distill": ("--epochs", "16", "--set", "optim.learning_rate=1e-3"),
+}
 
 
 @pytest.fixture(scope="module")
