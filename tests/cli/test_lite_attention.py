@@ -42,7 +42,7 @@ def run_of(root: Path, preset: str, kind: str) -> Run:
     return Run(max((root / "runs" / preset / kind).iterdir()))
 
 
-@pytest.mark.parametrize("task", ["recognition", "detection"])
+@pytest.mark.parametrize("task", ["recognition", pytest.param("detection", marks=pytest.mark.slow)])
 def test_a_lite_student_of_an_official_teacher_goes_the_whole_line(
     task: str, gkd: Gkd, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
