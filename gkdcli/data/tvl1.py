@@ -281,13 +281,14 @@ class _Stepwise:
             dual_step = live * method.tau
             inside_x.addcmul_(gx, dual_step).div_(norm)
             inside_y.addcmul_(gy, dual_step).div_(norm)
-            _stop(step, live, done, method)
+            _stop(torch.linalg.vector_norm(step, dim=(1, 2, 3)).square(), rho[0].numel(), live, done, method)
 
 
 def _fused(state: _State, fixed: _Round, count: int, method: Tvl1) -> None:
     """The same, written for a compiler: nothing is kept but the state, and all shapes are alike."""
     u, px, py, live, done = state
     flow, dual_x, dual_y = u, px[..., 1:], py[..., 1:, :]
+    height, width = u.shape[-2:]
     for _ in range(count):
         rho = fixed.rest + fixed.normal[:, 0] * flow[:, 0] + fixed.normal[:, 1] * flow[:, 1]
         rho = torch.minimum(torch.maximum(rho, -fixed.most), fixed.most)
@@ -300,18 +301,17 @@ def _fused(state: _State, fixed: _Round, count: int, method: Tvl1) -> None:
         norm = (gx * gx + gy * gy).sqrt() * (live * (method.tau / method.theta)) + 1
         dual_x = (dual_x + gx * (live * method.tau)) / norm
         dual_y = (dual_y + gy * (live * method.tau)) / norm
-        _stop(step, live, done, method)
+        # rows first: a sum for each pair alone would leave most of a GPU idle
+        _stop(step.square().sum(-1).sum((1, 2)), height * width, live, done, method)
     u.copy_(flow)
     px[..., 1:] = dual_x
     py[..., 1:, :] = dual_y
 
 
-def _stop(step: Tensor, live: Tensor, done: Tensor, method: Tvl1) -> None:
-    """Pairs whose last step was small stop."""
+def _stop(squares: Tensor, pixels: int, live: Tensor, done: Tensor, method: Tvl1) -> None:
+    """Pairs whose last step was small stop; its squares are added up for each pair, (N,)."""
     done += live.view(-1)
-    most = method.epsilon**2 * step.shape[-2] * step.shape[-1]
-    # rows first: a sum for each pair alone would leave most of a GPU idle
-    live *= (step.square().sum((1, 3)).sum(1) > most).view(-1, 1, 1, 1)
+    live *= (squares > method.epsilon**2 * pixels).view(-1, 1, 1, 1)
 
 
 def compile_tvl1() -> Compiled:

@@ -120,8 +120,9 @@ def convolve(x: Tensor, weight: Tensor, stride: Size3, padding: list[int]) -> Te
     if x.device.type == "cuda" and x.shape[1] < 4 and max(stride) > 1 and not any(padding):
         if torch.is_autocast_enabled("cuda"):  # moved in fewer bytes
             x = x.to(torch.get_autocast_dtype("cuda"))
-        inner = not weight.is_contiguous()
-        return folded(x.contiguous(memory_format=LAYOUT) if inner else x, weight, stride)
+        if not weight.is_contiguous():  # the layout of the network
+            x = x.contiguous(memory_format=LAYOUT)
+        return folded(x, weight, stride)
     learns = torch.is_grad_enabled() and x.requires_grad and weight.requires_grad
     plain = x.device.type == "cpu" and x.dtype == torch.float32 and x.is_contiguous()
     traced = torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu")

@@ -68,9 +68,8 @@ def expected_bytes(settings: Settings, network: Cost, generators: int, teacher: 
     """
     trained, batch = network.parameters, settings.optim.batch_size
     steady = state_bytes(settings, trained, generators) + 4 * teacher
-    passed = (
-        2 * batch if has_spliced(settings) else batch
-    )  # in the worst batch all clips have a spliced version
+    # in the worst batch all clips have a spliced version
+    passed = 2 * batch if has_spliced(settings) else batch
     steady += (5 * passed + batch) * clip_values  # as bytes, the next batch too, and as floats
     share = 1.0 if settings.train.precision == "32" else IN_16_BITS
     kept = round(share * passed * network.kept_bytes)

@@ -2,6 +2,7 @@
 
     python tests/bench/bench_training.py [--preset ucf101] [--stage pretrain distill] [--schedule step epoch]
         [--ways bf16 bf16-last ...] [--batch 6 32 ...] [--seconds 3] [--largest] [--profile]
+        [--teacher-cache] [--device cuda|cpu]
 
 A step is the trainer's own, with the transfer of the clips, losses and optimisers; clips are not read. The
 multiply-adds of forward and backward passes are counted as PyTorch does them. What they could reach is
