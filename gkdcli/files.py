@@ -25,8 +25,8 @@ _BLOCK_BYTES = 4 << 20  # read at a time for a digest
 
 
 @contextlib.contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
-    """Yields a temporary path in the same folder; on success it is fsynced and renamed to `path`.
+def draft_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path in the same folder; on success the file stays there, for `put_in_place`.
 
     A failure leaves nothing behind. Names look like `.NAME.NUMBER.tmp`, so that a later run can sweep
     what a kill -9 left (see `sweep_temporaries`); no two writers have one number, on whatever machine of a
@@ -41,12 +41,28 @@ def atomic_path(path: Path) -> Iterator[Path]:
         mode = temporary.stat().st_mode & 0o777
         yield temporary
         temporary.chmod(mode)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def put_in_place(temporary: Path, path: Path) -> None:
+    """Gives a finished draft its name, once the disk has it; a failure removes it."""
+    try:
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yields a temporary path as `draft_path` does; on success it is fsynced and renamed to `path`."""
+    with draft_path(path) as temporary:
+        yield temporary
+    put_in_place(temporary, path)
 
 
 @contextlib.contextmanager

@@ -15,11 +15,12 @@ from typing import Any
 
 from gkdcli.data.annotations import Listing
 from gkdcli.data.cluster import Cluster
-from gkdcli.data.jobs import Job, Result, work
+from gkdcli.data.jobs import Job, Result, draft, work
 from gkdcli.data.misfits import misfits
 from gkdcli.data.parts import part_path
 from gkdcli.data.plan import Plan, check_settings, plan_parts
 from gkdcli.data.rejects import PROBLEMS, Reject, write_problems, write_rejects
+from gkdcli.data.settling import Settling
 from gkdcli.data.shards import Shard, known_rejects, reject_table, remove_traces, store_locked
 from gkdcli.data.sources import Problem
 from gkdcli.data.store import build_index, mark_unfinished, written_settings
@@ -29,7 +30,7 @@ from gkdcli.files import disk_is_full, free_bytes, human_bytes, locked, sweep_te
 from gkdcli.settings import MODALITIES, DataSettings
 
 Progress = Callable[[int, int, str, int], None]
-Hands = Crew[Job, Result] | Cluster
+Hands = Settling | Cluster
 _PROBES = 8
 _POLL_SEC = 0.2
 _GRACE_SEC = 10.0  # for videos in work after Ctrl-C
@@ -125,7 +126,7 @@ def prepare_parts(
                         _signals() as signals,
                         cluster.open(work, store_folder, plan.jobs, workers)
                         if cluster
-                        else Crew(work, size, data.timeout) as crew,
+                        else Settling(Crew(draft, size, data.timeout)) as crew,
                     ):
                         _check_disk(crew, plan.jobs, store_folder, signals)
                         _mark(store_folder, dataset, settings, plan.jobs, whole)

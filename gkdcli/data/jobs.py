@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
@@ -18,7 +18,7 @@ from gkdcli.data.parts import Bytes, PartWriter, Stored, read_about
 from gkdcli.data.video import BadFlow, BadVideo, VideoReader, encode_flow, stored_size
 from gkdcli.data.workers import beat
 from gkdcli.errors import GkdError
-from gkdcli.files import digest, disk_is_full, stamp
+from gkdcli.files import digest, disk_is_full, put_in_place, stamp
 from gkdcli.runs import version
 from gkdcli.settings import MODALITIES, DataSettings
 
@@ -76,6 +76,7 @@ class Result:
         frame_sec: seconds that its frames took, from the first to the last, without opening and closing.
         note: what the user should know.
         error: what ends the whole run, for it would be the same with every video.
+        drafts: whole parts under temporary names, and the names that `settle` gives them.
     """
 
     frames: int = 0
@@ -88,10 +89,29 @@ class Result:
     frame_sec: float = 0.0
     note: str = ""
     error: GkdError | None = None
+    drafts: tuple[tuple[Path, Path], ...] = ()
 
 
 def work(job: Job) -> Result:
     """Prepares or probes one video; a bad one is a result too."""
+    return settle(draft(job))
+
+
+def settle(result: Result) -> Result:
+    """Gives the parts of a result their names, once the disk has them."""
+    with ExitStack() as undo:
+        for temporary, _ in result.drafts:
+            undo.callback(temporary.unlink, missing_ok=True)
+        try:
+            for temporary, part in result.drafts:
+                put_in_place(temporary, part)
+        except OSError as error:
+            return Result(failure=str(error), full=disk_is_full(error))
+    return replace(result, drafts=())
+
+
+def draft(job: Job) -> Result:
+    """`work` up to the point where only the disk is waited for."""
     try:
         return _probe(job) if job.probe_only else _prepare(job)
     except BadVideo as error:
@@ -159,42 +179,51 @@ def _prepare(job: Job) -> Result:
         for modality, path in files.items()
     }
     try:
-        with _open(job.source, job.parts) as video, ExitStack() as stack:
-            parts = {
-                modality: stack.enter_context(PartWriter(part, data.storage, attributes[modality], modality))
-                for modality, part in job.parts.items()
-            }
-            beside = _frames_beside(job.beside, next(iter(attributes.values())))
-            started = time.perf_counter()
-            note = _write(video, parts, job, beside)
-            frame_sec = time.perf_counter() - started
-            if job.cut is None:
-                _require_equal_length(parts, beside)
-            sampling, fps = video.sampling(data)
-            scaling, width, height = video.scaling(data)
-            for modality, part in parts.items():
-                part.update(
-                    settings=json.dumps(data.stored(modality), sort_keys=True),
-                    codec=video.info.codec,
-                    source_fps=video.info.fps,
-                    source_frames=video.read,
-                    source_width=video.info.width,
-                    source_height=video.info.height,
-                    rotation=video.info.rotation,
-                    damaged_frames=video.damaged,
-                    sampling=sampling,
-                    scaling=scaling,
-                    fps=fps,
-                    width=width,
-                    height=height,
-                )
-            if any(_stamp(path) != stamped for path, stamped in before.items()):
-                raise _Changed("it changed while it was read")
-        written = sum(part.stat().st_size for part in job.parts.values())
+        with ExitStack() as undo:
+            with _open(job.source, job.parts) as video, ExitStack() as stack:
+                parts: dict[str, PartWriter] = {}
+                for modality, path in job.parts.items():
+                    part = PartWriter(path, data.storage, attributes[modality], modality, draft=True)
+                    parts[modality] = stack.enter_context(part)
+                    undo.callback(part.temporary.unlink, missing_ok=True)
+                beside = _frames_beside(job.beside, next(iter(attributes.values())))
+                started = time.perf_counter()
+                note = _write(video, parts, job, beside)
+                frame_sec = time.perf_counter() - started
+                if job.cut is None:
+                    _require_equal_length(parts, beside)
+                read = _attributes(video, data)
+                for modality, part in parts.items():
+                    part.update(settings=json.dumps(data.stored(modality), sort_keys=True), **read)
+                if any(_stamp(path) != stamped for path, stamped in before.items()):
+                    raise _Changed("it changed while it was read")
+            drafts = tuple((part.temporary, part.path) for part in parts.values())
+            written = sum(temporary.stat().st_size for temporary, _ in drafts)
+            undo.pop_all()
         frames = max(part.frames for part in parts.values())
-        return Result(frames, written, frame_sec=frame_sec, note=note)
+        return Result(frames, written, frame_sec=frame_sec, note=note, drafts=drafts)
     except (OSError, RuntimeError) as error:  # RuntimeError is h5py's other voice
         return Result(failure=str(error), full=disk_is_full(error))
+
+
+def _attributes(video: _Video, data: DataSettings) -> dict[str, Any]:
+    """What is known of a video, and of what was made of it, once it was read."""
+    sampling, fps = video.sampling(data)
+    scaling, width, height = video.scaling(data)
+    return {
+        "codec": video.info.codec,
+        "source_fps": video.info.fps,
+        "source_frames": video.read,
+        "source_width": video.info.width,
+        "source_height": video.info.height,
+        "rotation": video.info.rotation,
+        "damaged_frames": video.damaged,
+        "sampling": sampling,
+        "scaling": scaling,
+        "fps": fps,
+        "width": width,
+        "height": height,
+    }
 
 
 def _source_name(path: Path) -> str:

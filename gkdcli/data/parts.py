@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from gkdcli.data.spool import Spool
 from gkdcli.errors import GkdError
-from gkdcli.files import atomic_path
+from gkdcli.files import atomic_path, draft_path
 
 SCHEMA = 1
 Storage = Literal["jpeg", "raw"]
@@ -110,15 +110,28 @@ class PartWriter:
         storage: "jpeg" (append bytes, of flow a pair) or "raw" (append (H, W, C) uint8).
         attributes: of the file; `update` adds more while writing.
         modality: "rgb" or "flow".
+        draft: it keeps its temporary name, for `files.put_in_place`.
+
+    Attributes:
+        temporary: its name within the block; of a draft, after it too.
 
     Raises:
         OSError: the disk is full, or does not work.
     """
 
+    temporary: Path
+
     def __init__(
-        self, path: Path, storage: Storage, attributes: Mapping[str, Any], modality: str = "rgb"
+        self,
+        path: Path,
+        storage: Storage,
+        attributes: Mapping[str, Any],
+        modality: str = "rgb",
+        *,
+        draft: bool = False,
     ) -> None:
         self.path = path
+        self._named = draft_path if draft else atomic_path
         self.storage = storage
         self.frames = 0
         self._attributes = dict(attributes)
@@ -129,10 +142,10 @@ class PartWriter:
 
     def __enter__(self) -> PartWriter:
         with ExitStack() as stack:
-            self._temporary = stack.enter_context(atomic_path(self.path))
+            self.temporary = stack.enter_context(self._named(self.path))
             for stream in self._streams.values():
                 stack.callback(stream.close)
-            file = h5py.File(self._temporary, "w", locking=False, userblock_size=_BLOCK_BYTES)
+            file = h5py.File(self.temporary, "w", locking=False, userblock_size=_BLOCK_BYTES)
             self._file = stack.enter_context(file)
             self._stack = stack.pop_all()
         return self
@@ -177,7 +190,7 @@ class PartWriter:
     def _write_head(self, streams: dict[str, list[int]]) -> None:
         head = {
             "gkd": SCHEMA,
-            "bytes": self._temporary.stat().st_size,
+            "bytes": self.temporary.stat().st_size,
             "frames": self.frames,
             "digest": self._attributes.get("source_digest", ""),
             "streams": streams,
@@ -187,7 +200,7 @@ class PartWriter:
         about = json.dumps(self._attributes, ensure_ascii=False).encode()
         if len(about) >= _BLOCK_BYTES - _HEAD_BYTES:
             about = b""  # a very long name
-        with open(self._temporary, "r+b") as file:
+        with open(self.temporary, "r+b") as file:
             file.write(line + about.ljust(_BLOCK_BYTES - _HEAD_BYTES - 1) + b"\n")
 
     def _check_space(self) -> None:

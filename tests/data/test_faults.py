@@ -94,7 +94,7 @@ def hang_on_v2(job: Job) -> Result:
 def test_a_video_that_takes_its_process_along_is_rejected_and_the_rest_is_done(
     root: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., Any], reason: str
 ) -> None:
-    monkeypatch.setattr(extract, "work", fault)
+    monkeypatch.setattr(extract, "draft", fault)
     report = prepare(root)
     assert report.rejected == [(str(root / "videos" / "a" / "v2.mp4"), reason)]
     whole = content(undisturbed / "mine")
@@ -130,7 +130,8 @@ def test_a_store_that_turns_read_only_is_continued(root: Path, undisturbed: Path
     done = content(root / "mine")
     assert "rgb/a/v0.h5" in done
     report = prepare(root)
-    assert (report.prepared, report.skipped) == (3, 1)
+    assert report.skipped in (1, 2)  # the second may have been finished meanwhile
+    assert report.prepared == 4 - report.skipped
     assert content(root / "mine") == content(undisturbed / "mine")
 
 
@@ -172,7 +173,8 @@ def test_a_disk_that_fills_up_is_continued_once_there_is_space(
     parts = [name for name in there if name.count("/") > 0]
     assert [name for name in parts if there[name] != whole[name]] == []
     report = prepare(small_disk, videos=videos)
-    assert report.skipped * 2 == len(parts) == (2 if moment == "videos" else 8)
+    assert report.skipped * 2 == len(parts)
+    assert report.skipped in ((1, 2) if moment == "videos" else (4,))  # one more may have been in work
     assert content(small_disk / "mine") == whole
 
 
@@ -188,7 +190,7 @@ def test_a_crash_on_a_full_disk_is_not_held_against_the_video(
 
     videos = undisturbed / "videos"
     with monkeypatch.context() as patch:
-        patch.setattr(extract, "work", crash_on_v2)
+        patch.setattr(extract, "draft", crash_on_v2)
         patch.setattr(Crew, "_bury", fill_and_bury)
         with pytest.raises(GkdError, match="the disk is full"):
             prepare(small_disk, videos=videos)
@@ -244,7 +246,7 @@ def test_a_video_that_is_replaced_while_it_is_read_gives_no_part_of_both(
     before = video.read_bytes(), video.stat()
     write_video(root / "other.mp4", draw(9, seed=40))
     with monkeypatch.context() as patch:
-        patch.setattr(extract, "work", replace_v2_while_it_is_read)
+        patch.setattr(extract, "draft", replace_v2_while_it_is_read)
         report = prepare(root)
     assert report.rejected == [(str(video), "it changed while it was read")]
     assert not (root / "mine" / "rgb" / "a" / "v2.h5").exists()
