@@ -188,7 +188,7 @@ def _work(connection: Connection, function: Callable[[Any], Any]) -> None:
                 message = _Raised(traceback.format_exc())
             connection.send(message)
     except (EOFError, BrokenPipeError, ConnectionResetError):
-        return
+        os._exit(0)  # Python would take a fifth of a second to tidy up
 
 
 class _Pulse:
