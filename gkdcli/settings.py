@@ -52,7 +52,7 @@ class DataSettings(_Section):
         20.0, "flow is cut here and stored in 8 bit: -bound is 0, bound 255", "px/frame", gt=0.0, le=256.0
     )
     flow_batch: int = _setting(
-        16, "what tvl1-torch and raft take at once; on a GPU more is faster", "pairs", ge=1, le=1024
+        64, "what tvl1-torch and raft take at once; on a GPU more is faster", "pairs", ge=1, le=1024
     )
     flow_weights: str = _setting(
         "",

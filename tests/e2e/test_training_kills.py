@@ -224,8 +224,9 @@ def _saved(run: Run | None) -> int:
     """Steps in the last checkpoint."""
     if run is None or not run.last.is_file():
         return 0
-    with safe_open(run.last, framework="pt") as file:
-        return int(json.loads(file.metadata()["position"])["step"])
+    with open(run.last, "rb") as file:  # safetensors opens it twice, and it may be replaced in between
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+    return int(json.loads(header["__metadata__"]["position"])["step"])
 
 
 def kill_often(
