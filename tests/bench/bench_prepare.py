@@ -1,6 +1,6 @@
 """Frames per CPU-second of `gkd prepare` against the plain way: OpenCV capture, resize, imwrite, one thread.
 
-    python tests/bench/bench_prepare.py [--videos DIR] [--copies N] [--rounds N]
+    python tests/bench/bench_prepare.py [--videos DIR [--together]] [--copies N] [--rounds N] [--parts-only]
 
 Both sides run in one spawned process each, in turns, on the same files, at the same size and JPEG quality;
 start-up, hashing, HDF5 and fsync are counted. The best round of each counts. Without DIR two kinds of
@@ -9,6 +9,7 @@ files are drawn: h264 340x256 and mpeg4 320x240. "two_workers_gain" is of wall-c
 "parts": decoding alone, then scaling alone, then JPEG encoding alone, and what a worker does with the same
 files, all in one process and in turns. The shares say how much of the whole the three parts make up: of a
 worker's time, and of that of a run, processes started and index written; of two workers, half the wall clock.
+A run should last for a minute, or the start of its processes, a second, is what is measured.
 """
 
 from __future__ import annotations
@@ -208,6 +209,7 @@ def main() -> None:
     """Prints one JSON object per kind of video."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--videos", type=Path, help="measure on the files of this folder, each by itself")
+    parser.add_argument("--together", action="store_true", help="all of them as one set")
     parser.add_argument("--copies", type=int, default=12, help="how often each file is prepared per round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--parts-only", action="store_true")
@@ -218,8 +220,11 @@ def main() -> None:
             files = {path.name: path for path in sorted(options.videos.iterdir()) if path.is_file()}
         else:
             files = _drawn(work)
-        for title, path in files.items():
-            videos = [path] * options.copies
+        sets = {title: [path] for title, path in files.items()}
+        if options.together:
+            sets = {f"{len(files)} files": list(files.values())}
+        for title, paths in sets.items():
+            videos = paths * options.copies
             for short_side in (0, 128):
                 shares = _shares(videos, work / "store", short_side, options.rounds)
                 print(json.dumps({"video": title, "parts": shares}), flush=True)
@@ -232,8 +237,8 @@ def main() -> None:
                 two = _measured(lambda videos=videos: _ours(videos, work / "store", 2))
                 rounds.append((theirs[0], ours[0], ours[1], two[1]))
             plain_cpu, ours_cpu, one_wall, two_wall = np.min(rounds, 0)
-            plain_db, ours_db, plain_kb, ours_kb = _check(path, work / "jpegs", work / "store")
-            frames = Store.open(work / "store" / "rgb.h5").videos[0].frames * options.copies
+            plain_db, ours_db, plain_kb, ours_kb = _check(videos[0], work / "jpegs", work / "store")
+            frames = sum(row.frames for row in Store.open(work / "store" / "rgb.h5").videos)
             result = {
                 "video": title,
                 "frames": frames,

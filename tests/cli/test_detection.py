@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -385,6 +385,22 @@ def windows_of(frames: np.ndarray, card: dict[str, Any]) -> tuple[np.ndarray, np
     return windows.transpose(0, 4, 1, 2, 3), np.array(offsets)
 
 
+@pytest.fixture(scope="module")
+def traced() -> Iterator[None]:
+    """The graph of one and the same network is traced once: that takes a minute and more."""
+    export, graphs = torch.onnx.export, []
+
+    def once(*given: Any, **how: Any) -> Any:
+        if not graphs:
+            graphs.append(export(*given, **how))
+        return graphs[0]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.onnx, "export", once)
+        yield
+
+
+@pytest.mark.usefixtures("traced")
 def test_an_export_finds_the_same_actions_without_gkd(
     gkd: Gkd, scored: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -431,6 +447,7 @@ def test_an_export_finds_the_same_actions_without_gkd(
     assert_same_detections(found, expected[video.name])
 
 
+@pytest.mark.usefixtures("traced")
 def test_a_graph_that_finds_other_actions_in_whole_videos_is_not_written(
     gkd: Gkd, scored: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
