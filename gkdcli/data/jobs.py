@@ -99,14 +99,14 @@ def work(job: Job) -> Result:
 
 def settle(result: Result) -> Result:
     """Gives the parts of a result their names, once the disk has them."""
-    with ExitStack() as undo:
-        for temporary, _ in result.drafts:
-            undo.callback(temporary.unlink, missing_ok=True)
-        try:
+    try:
+        with ExitStack() as undo:  # where one fails, of those after it
+            for temporary, _ in result.drafts:
+                undo.callback(temporary.unlink, missing_ok=True)
             for temporary, part in result.drafts:
                 put_in_place(temporary, part)
-        except OSError as error:
-            return Result(failure=str(error), full=disk_is_full(error))
+    except OSError as error:
+        return Result(failure=str(error), full=disk_is_full(error))
     return replace(result, drafts=())
 
 

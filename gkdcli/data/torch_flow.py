@@ -15,6 +15,7 @@ from torch import Tensor
 
 from gkdcli.data.tvl1 import Compiled, Tvl1, compile_tvl1, tvl1_flow
 from gkdcli.data.video import Bytes
+from gkdcli.data.workers import beat
 from gkdcli.errors import GkdError, usage_error
 from gkdcli.settings import FlowMethod
 
@@ -76,6 +77,7 @@ class TorchFlow:
                 for start in range(0, len(frames) - 1, batch):
                     block = torch.from_numpy(np.stack(frames[start : start + batch + 1])).to(self._device)
                     found.append(self._flow(block[:-1], block[1:]).movedim(1, -1).cpu().numpy())
+                    beat()  # a CPU may take minutes for all of large frames
         except RuntimeError as error:
             raise self._out_of_memory(error, frames[0], batch) or error from None
         return np.concatenate(found)

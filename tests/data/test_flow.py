@@ -133,6 +133,15 @@ def test_only_methods_of_pytorch_import_it() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
+def test_work_on_large_frames_is_seen_to_get_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CPU takes a batch a few pairs at a time; a worker silent for all of them would be dismissed."""
+    beats: list[int] = []
+    monkeypatch.setattr(torch_flow, "_CPU_PX", 2 * 24 * 32)
+    monkeypatch.setattr(torch_flow, "beat", lambda: beats.append(1))
+    assert len(FlowEstimator("tvl1-torch", 20.0, batch=5).block([np.zeros((24, 32), np.uint8)] * 6)) == 5
+    assert len(beats) == 3
+
+
 def test_spent_memory_names_the_setting(monkeypatch: pytest.MonkeyPatch) -> None:
     def spent(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")

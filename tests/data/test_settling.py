@@ -100,6 +100,22 @@ def test_a_disk_that_fails_at_the_last_moment_leaves_nothing(
     assert files(tmp_path) == set()
 
 
+def test_a_disk_that_turns_read_only_at_the_last_moment_is_a_result_too(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing can be removed from it either; on a cluster a worker that raises would be a mistake of ours."""
+    result = draft(job)
+
+    def frozen(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "fsync", frozen)
+    monkeypatch.setattr(Path, "unlink", frozen)
+    settled = settle(result)
+    assert "Read-only" in settled.failure
+    assert not settled.full
+
+
 def test_leaving_waits_for_parts_on_their_way(job: Job, tmp_path: Path) -> None:
     with Settling(Crew(draft, 1)) as crew:
         assert crew.give(job)

@@ -124,7 +124,7 @@ def test_what_is_compiled_is_the_same() -> None:
 
 
 def test_iterations_after_the_stop_change_nothing() -> None:
-    """A GPU is asked for ten at a time: those after a pair's last one are done in vain."""
+    """A GPU is asked for several at a time: those after a pair's last one are done in vain."""
 
     def overdone(state, fixed, count, method):
         _fused(state, fixed, count, method)
